@@ -1,0 +1,57 @@
+"""ROSE, robust selective fine-tuning, as a PEFT method. Importing this package registers it with PEFT."""
+
+from .registration import add_peft_type, register
+
+add_peft_type()
+
+from .attach import attach_rose, detach_rose, get_selector  # noqa: E402
+from .config import ROSEConfig  # noqa: E402
+from .errors import (  # noqa: E402
+    AlreadyAttachedError,
+    RankMismatchError,
+    RoseConfigError,
+    RoseError,
+    RoseInactiveError,
+    TargetModulesError,
+    UnsupportedEngineError,
+    UnsupportedModelError,
+    UnsupportedOptimizerError,
+)
+from .plots import plot_masks  # noqa: E402
+from .selector import RoseSelector  # noqa: E402
+from .statistics import RoseStatistics, UnitStatistics  # noqa: E402
+from .tuner import ROSEModel  # noqa: E402
+
+register(ROSEConfig, ROSEModel)
+
+__version__ = "0.1.0"
+__all__ = [
+    "AlreadyAttachedError",
+    "ROSEConfig",
+    "ROSEModel",
+    "RankMismatchError",
+    "RoseCallback",
+    "RoseConfigError",
+    "RoseError",
+    "RoseInactiveError",
+    "RoseSelector",
+    "RoseStatistics",
+    "TargetModulesError",
+    "UnitStatistics",
+    "UnsupportedEngineError",
+    "UnsupportedModelError",
+    "UnsupportedOptimizerError",
+    "attach_rose",
+    "detach_rose",
+    "get_selector",
+    "plot_masks",
+]
+
+
+def __getattr__(name: str) -> object:
+    # transformers' trainer modules are slow to import, and only Trainer users need them.
+    if name == "RoseCallback":
+        from .callbacks import RoseCallback
+
+        return RoseCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""TrainerCallback: the statistics of ROSE in whatever the Trainer reports to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import RoseInactiveError
+from .selector import RoseSelector, find_selector
+
+
+class RoseCallback(TrainerCallback):
+    """
+    Adds ROSE's figures to the Trainer's logs (progress, TensorBoard, W&B ...), and fails a training without ROSE.
+
+    The state of ROSE needs no callback: it lies in the optimizer's state and is saved and restored with it.
+
+    Raises:
+        RoseInactiveError: At the start if ROSE is not attached to the model; at the end if it never acted.
+    """
+
+    def __init__(self) -> None:
+        self._selector: RoseSelector | None = None
+        self._steps_before = 0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Find the selector of the model to train."""
+        self._selector = find_selector(model) if model is not None else None
+        if self._selector is None:
+            raise RoseInactiveError(
+                "RoseCallback: ROSE is not attached to the model; use get_peft_model(model, ROSEConfig(...)) or "
+                "attach_rose(model, config), or leave the callback out."
+            )
+        self._steps_before = self._selector.statistics().steps
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the figures to the logs before the reporters that come after this callback see them."""
+        if self._selector is not None and logs is not None and "loss" in logs:
+            logs.update(self.figures(self._selector))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Fail loudly if no step was masked."""
+        if self._selector is not None and state.global_step > 0:
+            if self._selector.statistics().steps == self._steps_before and state.global_step > self._steps_before:
+                raise RoseInactiveError(
+                    f"the Trainer took {state.global_step} steps, and ROSE acted in none of them: the optimizer does "
+                    "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
+                )
+
+    @staticmethod
+    def figures(selector: RoseSelector) -> dict[str, float]:
+        """The figures that are logged.
+
+        Args:
+            selector: From `get_selector(model)`.
+        """
+        statistics = selector.statistics()
+        return {
+            "rose/kept_share": statistics.kept_share,
+            "rose/last_kept_share": statistics.last_kept_share,
+            "rose/skipped_risk_passes": float(statistics.skipped_risk_passes),
+        }

@@ -1,0 +1,190 @@
+"""ROSEConfig: the fields, their help and their validation."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftType, get_peft_config
+
+from .errors import RoseConfigError
+
+STRATEGIES = ("first_order", "second_order", "ensemble")
+
+LOADING_NOTE = """\
+## Loading this adapter
+
+The weights were fine-tuned with ROSE (robust selective fine-tuning). PEFT knows the adapter type `ROSE` only after
+`import rose_peft` (`pip install rose-peft`); without it loading ends in `KeyError: 'ROSE'`.
+
+```python
+import rose_peft  # registers ROSE with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+@dataclass
+class ROSEConfig(PeftConfig):
+    """
+    Settings of ROSE, robust selective fine-tuning (EMNLP 2022), for `peft.get_peft_model`.
+
+    Without `base_config` the whole model is fine-tuned (or the modules in `target_modules`) and the update of each
+    unit (a weight tensor) is masked. With `base_config` that PEFT method is trained as always and a unit is all the
+    adapter tensors of one module.
+
+    Args:
+        strategy: Which score decides: "first_order" (size of the gradient of the dropout divergence), "second_order"
+            (new gradient against the momentum) or "ensemble" (a mix of both masks).
+        upper_quantile: Units with a score above this quantile are frozen for the step, in [0, 1].
+        lower_quantile: Units with a score below this quantile are frozen for the step, in [0, 1].
+        gamma: Weight of the first-order mask in the ensemble, in [0, 1]; the second-order mask has 1 - gamma.
+        warmup_steps: Number of optimizer steps at the start that update every unit fully.
+        dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
+            while ROSE is attached, and applied to the inputs of the target modules where the model has none.
+        target_modules: None trains the whole model; units are then the weights inside the repeated blocks. Names or a
+            regular expression train those modules only, and their weights are units.
+        exclude_modules: Names or a regular expression of modules that stay frozen.
+        modules_to_save: Further modules that are trained, unmasked, and saved with the adapter.
+        base_config: The config of the PEFT method that ROSE steers, such as `LoraConfig(r=8)`.
+
+    Raises:
+        RoseConfigError: If a value cannot work; the message names the field, the value and the way out.
+    """
+
+    strategy: Literal["first_order", "second_order", "ensemble"] = field(
+        default="ensemble",
+        metadata={"help": "Score that selects the units: 'first_order', 'second_order' or 'ensemble'."},
+    )
+    upper_quantile: float = field(
+        default=0.7, metadata={"help": "Units with a score above this quantile are frozen for the step, in [0, 1]."}
+    )
+    lower_quantile: float = field(
+        default=0.0, metadata={"help": "Units with a score below this quantile are frozen for the step, in [0, 1]."}
+    )
+    gamma: float = field(
+        default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."}
+    )
+    warmup_steps: int = field(
+        default=0, metadata={"help": "Number of optimizer steps at the start that update every unit fully."}
+    )
+    dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "None: the model's own dropout. A probability in (0, 1): set on every dropout module while ROSE is "
+                "attached, and applied to the inputs of the target modules where the model has no dropout module."
+            )
+        },
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "None: the whole model. Names or a regular expression: those modules only."},
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of modules that stay frozen."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained, unmasked, and saved with the adapter."}
+    )
+    base_config: PeftConfig | None = field(
+        default=None, metadata={"help": "Config of the PEFT method that ROSE steers; None for full fine-tuning."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("ROSE")
+        self._check_selection()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.base_config, dict):
+            self.base_config = get_peft_config(self.base_config)
+        if self.base_config is not None:
+            self._check_base_config(self.base_config)
+            self._take_over(self.base_config)
+
+    def _check_selection(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise RoseConfigError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+        for name in ("upper_quantile", "lower_quantile", "gamma"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                hint = f" ({value} percent is {value / 100})" if isinstance(value, int) and 1 < value <= 100 else ""
+                raise RoseConfigError(f"{name}={value!r} is not a number in [0, 1]{hint}; pass one that is.")
+        if self.lower_quantile >= self.upper_quantile:
+            raise RoseConfigError(
+                f"lower_quantile={self.lower_quantile} must be below upper_quantile={self.upper_quantile}; units with "
+                "a score between both are kept, so this keeps none. Lower the first or raise the second."
+            )
+        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int) or self.warmup_steps < 0:
+            raise RoseConfigError(
+                f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
+            )
+        if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
+            raise RoseConfigError(
+                f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."
+            )
+
+    def _check_base_config(self, base_config: Any) -> None:
+        if not isinstance(base_config, PeftConfig):
+            raise RoseConfigError(
+                f"base_config={base_config!r} is a {type(base_config).__name__}, not a PEFT config; pass one such as "
+                "LoraConfig(r=8), or None for full fine-tuning."
+            )
+        kind = getattr(base_config.peft_type, "value", base_config.peft_type)
+        if isinstance(base_config, ROSEConfig):
+            raise RoseConfigError(
+                "base_config is itself a ROSEConfig; pass the PEFT method that ROSE shall steer (such as "
+                "LoraConfig(r=8)), or None for full fine-tuning."
+            )
+        if base_config.is_prompt_learning or kind in ("ADAPTION_PROMPT", "XLORA", "POLY"):
+            raise RoseConfigError(
+                f"base_config of type {kind} is not supported: it adapts no single module that could be a unit. Use "
+                "a method that does, such as LoraConfig."
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                raise RoseConfigError(
+                    f"{name}={getattr(self, name)!r} has no meaning beside a base_config; set {name} on the "
+                    f"{type(base_config).__name__} instead."
+                )
+
+    def _take_over(self, base_config: PeftConfig) -> None:
+        """Fields that PEFT reads from the config it was given, and which the user may have set on either config."""
+        for name in ("task_type", "modules_to_save", "revision"):
+            mine, theirs = getattr(self, name), getattr(base_config, name, None)
+            if mine is None:
+                setattr(self, name, list(theirs) if isinstance(theirs, (list, set, tuple)) else theirs)
+            elif theirs is not None and name == "modules_to_save":
+                self.modules_to_save = [*mine, *(module for module in theirs if module not in mine)]
+            elif theirs is not None and theirs != mine:
+                raise RoseConfigError(
+                    f"{name}={mine!r} differs from base_config.{name}={theirs!r}; set it on one of them only."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, the base config's too, ready for JSON."""
+        values = super().to_dict()
+        if self.base_config is not None:
+            inner = self.base_config.to_dict()
+            values["base_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in inner.items()}
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config, and say in the folder's model card how the adapter is loaded.
+
+        Args:
+            save_directory: Folder of the adapter; `PeftModel.save_pretrained` has written the card before it gets here.
+            **kwargs: As in `PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        card = os.path.join(save_directory, "README.md")
+        if os.path.exists(card):
+            with open(card, "r+", encoding="utf-8") as file:
+                if LOADING_NOTE.strip() not in file.read():
+                    file.write("\n" + LOADING_NOTE.strip() + "\n")

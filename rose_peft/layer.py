@@ -1,0 +1,226 @@
+"""RoseLayer: a module of the base model, frozen, beside one trainable copy of its parameters per adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import UnsupportedModelError
+
+# Attribute on a base parameter that holds what was there before a copy was merged into it. It lives on the parameter
+# because a tied one belongs to several layers, of which the first to merge or unmerge must do it for all.
+_UNMERGED = "_rose_unmerged"
+
+
+class RoseLayer(nn.Module, BaseTunerLayer):
+    """
+    Wraps one module that has parameters of its own.
+
+    A module without children is copied whole (`rose_copy`), so that buffers such as running statistics come along. A
+    module with children is not: its own parameters are copied one by one (`rose_<parameter>`) and swapped in for the
+    call, while its children are wrapped by themselves. Either way PEFT finds the adapter name where it looks for it.
+
+    Args:
+        base_layer: The module to wrap.
+        adapter_name: Name of the first adapter.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._unmerged_buffers: dict[str, Tensor | None] = {}
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.parameter_names = [name for name, _ in base_layer.named_parameters(recurse=False)]
+        self.copies_module = not any(True for _ in base_layer.children())
+        if self.copies_module:
+            self.adapter_layer_names: tuple[str, ...] = ("rose_copy",)
+            self.rose_copy = nn.ModuleDict()
+        else:
+            self.adapter_layer_names = tuple(f"rose_{name}" for name in self.parameter_names)
+            for name in self.adapter_layer_names:
+                setattr(self, name, nn.ParameterDict())
+        self.update_layer(adapter_name)
+
+    def update_layer(self, adapter_name: str) -> None:
+        """Add a trainable copy of the base parameters under an adapter name."""
+        source = {
+            name: getattr(param, _UNMERGED, param.detach()).clone()
+            for name, param in self.base_layer.named_parameters(recurse=False)
+        }
+        if self.copies_module:
+            self.rose_copy[adapter_name] = _copy_module(self.base_layer, source)
+        else:
+            for name, value in source.items():
+                getattr(self, f"rose_{name}")[adapter_name] = nn.Parameter(value)
+
+    def slots(self, parameter_name: str) -> list[tuple[nn.Module, str]]:
+        """Where the copies of one parameter live, for every adapter."""
+        if self.copies_module:
+            return [(module, parameter_name) for module in self.rose_copy.values()]
+        container = getattr(self, f"rose_{parameter_name}")
+        return [(container, adapter_name) for adapter_name in container]
+
+    def slot(self, parameter_name: str, adapter_name: str) -> tuple[nn.Module, str] | None:
+        """Where the copy of one parameter lives for one adapter, or None where that adapter does not train it."""
+        if self.copies_module:
+            return (self.rose_copy[adapter_name], parameter_name) if adapter_name in self.rose_copy else None
+        container = getattr(self, f"rose_{parameter_name}")
+        return (container, adapter_name) if adapter_name in container else None
+
+    def copies(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (parameter name, base parameter, copy) of one adapter."""
+        for name in self.parameter_names:
+            slot = self.slot(name, adapter_name)
+            if slot is not None:
+                yield name, self.base_layer._parameters[name], slot[0]._parameters[slot[1]]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapter whose copy is used; full weights of several adapters cannot be added up.
+
+        Raises:
+            UnsupportedModelError: If more than one of the names has a copy here.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        present = [name for name in names if name in self._get_available_adapters()]
+        if len(present) > 1:
+            raise UnsupportedModelError(
+                f"adapter_names={present} cannot be active together: each holds full weights, not a difference to add. "
+                "Pass one name to set_adapter."
+            )
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def _adapter_in_use(self) -> str | None:
+        if self.disable_adapters or self.merged:
+            return None
+        available = self._get_available_adapters()
+        return next((name for name in self.active_adapters if name in available), None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the copy of the active adapter, or the base layer where none is in use."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        adapter_name = self._adapter_in_use()
+        if adapter_name is None:
+            return self.base_layer(*args, **kwargs)
+        if self.copies_module:
+            return self.rose_copy[adapter_name](*args, **kwargs)
+        copies = {name: param for name, _, param in self.copies(adapter_name)}
+        return functional_call(self.base_layer, copies, args, kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the copy of an adapter in place of the base parameters.
+
+        Args:
+            safe_merge: Refuse copies with NaN or infinite values.
+            adapter_names: At most one name; None for the active adapter.
+
+        Raises:
+            ValueError: If `safe_merge` finds such values.
+            UnsupportedModelError: If there is more than one adapter to merge.
+        """
+        available = self._get_available_adapters()
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in available]
+        if not names:
+            return
+        if len(names) > 1 or self.merged:
+            raise UnsupportedModelError(
+                f"adapters {[*self.merged_adapters, *names]} cannot be merged into the same weights: each holds full "
+                "weights, not a difference to add. Merge one."
+            )
+        for name, base, copied in self.copies(names[0]):
+            if safe_merge and not torch.isfinite(copied).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} ({name}) is broken.")
+            if not hasattr(base, _UNMERGED):
+                setattr(base, _UNMERGED, base.data)
+                base.data = copied.detach().clone()
+        if self.copies_module:
+            buffers = self.base_layer._buffers
+            self._unmerged_buffers = dict(buffers)
+            buffers.update({name: copy.deepcopy(value) for name, value in self.rose_copy[names[0]]._buffers.items()})
+        self.merged_adapters.append(names[0])
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base parameters back, to the last bit."""
+        if not self.merged_adapters:
+            return
+        self.merged_adapters.clear()
+        for name in self.parameter_names:
+            base = self.base_layer._parameters[name]
+            if hasattr(base, _UNMERGED):
+                base.data = getattr(base, _UNMERGED)
+                delattr(base, _UNMERGED)
+        if self.copies_module:
+            self.base_layer._buffers.update(self._unmerged_buffers)
+            self._unmerged_buffers = {}
+
+    # Models read attributes of their modules besides calling them (`self.wo.weight.dtype`, a relative embedding's
+    # weight, `in_features`): what they get must be what a call would use.
+    @property
+    def weight(self) -> Tensor:
+        """The weight in use."""
+        return self._attribute("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias in use."""
+        return self._attribute("bias")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}) or name.startswith("rose_"):
+                raise
+            return self._attribute(name)
+
+    def _attribute(self, name: str) -> Any:
+        adapter_name = self._adapter_in_use()
+        if adapter_name is not None:
+            if self.copies_module:
+                return getattr(self.rose_copy[adapter_name], name)
+            if name in self.parameter_names:
+                return getattr(self, f"rose_{name}")[adapter_name]
+        return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "rose." + super().__repr__()
+
+
+def _copy_module(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    # The memo makes deepcopy share the parameters, which are then registered anew: registration is what PEFT's
+    # `low_cpu_mem_usage` intercepts to put them on the meta device.
+    memo: dict[int, Any] = {id(param): param for param in module._parameters.values() if param is not None}
+    copied = copy.deepcopy(module, memo)
+    for name, value in values.items():
+        del copied._parameters[name]
+        copied.register_parameter(name, nn.Parameter(value))
+    return copied
+
+
+def tie_copies(model: nn.Module, adapter_name: str) -> None:
+    """Make copies of one tied base parameter one parameter again, as tied embeddings need.
+
+    Args:
+        model: Model whose layers are wrapped.
+        adapter_name: Adapter whose copies are tied.
+    """
+    first: dict[int, nn.Parameter] = {}
+    for layer in model.modules():
+        if not isinstance(layer, RoseLayer):
+            continue
+        for name, base, copied in layer.copies(adapter_name):
+            shared = first.setdefault(id(base), copied)
+            if shared is not copied:
+                slot = layer.slot(name, adapter_name)
+                assert slot is not None
+                slot[0]._parameters[slot[1]] = shared

@@ -1,0 +1,204 @@
+"""ROSEModel, the PEFT side of full fine-tuning, and the composition with another PEFT method."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from torch import nn
+
+from .config import ROSEConfig
+from .errors import RoseConfigError, TargetModulesError, UnsupportedModelError
+from .layer import RoseLayer, tie_copies
+from .selector import RoseSelector, find_selector
+from .units import base_modules
+
+
+class ROSEModel(BaseTuner):
+    """
+    Tuner of PEFT that trains full weights under ROSE.
+
+    Each module with trainable parameters is wrapped by a `RoseLayer`. With a `base_config` no ROSEModel is built at
+    all: the constructor returns the tuner of that method, so that PEFT treats the model as the plain inner adapter,
+    with ROSE attached to it.
+
+    Args:
+        model: Base model, changed in place.
+        config: One ROSEConfig, or a dictionary of them by adapter name.
+        adapter_name: Name of the adapter.
+        **kwargs: As in `BaseTuner`.
+    """
+
+    prefix = "rose_"
+    tuner_layer_cls = RoseLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if config.base_config is not None:
+            return _build_inner(model, config, adapter_name, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        self._frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with its hooks; BaseTuner would go past them."""
+        return self.model(*args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target modules, tie the copies of tied weights, and attach ROSE where the adapter trains."""
+        config = self.peft_config[adapter_name]
+        if config.base_config is not None:
+            raise RoseConfigError(
+                "base_config cannot be added to a model that is fully fine-tuned with ROSE; start from the base model "
+                "(model.unload()) and call get_peft_model with it."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        tie_copies(self.model, adapter_name)
+        if not config.inference_mode and find_selector(self.model) is None:
+            RoseSelector(self.model, self.model, config)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the adapter; ROSE goes on with that adapter's settings."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        selector = find_selector(self.model)
+        name = adapter_name if isinstance(adapter_name, str) else next(iter(adapter_name), None)
+        config = self.peft_config.get(name)
+        if selector is not None and config is not None and selector.config is not config:
+            selector.detach()
+            RoseSelector(self.model, self.model, config)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
+        return peft_config
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        _refuse_quantized(model)
+        self._targets = self._find_targets(peft_config, model)
+
+    def _find_targets(self, config: ROSEConfig, model: nn.Module) -> set[str]:
+        """Names of the modules to wrap: those with parameters of their own that are meant to train."""
+        modules = [(name, module) for name, module in base_modules(model) if _own_parameters(module)]
+        targets = set()
+        for name, module in modules:
+            own = _own_parameters(module)
+            if config.target_modules is None:
+                trains = any(f"{name}.{parameter}" not in self._frozen for parameter in own)
+                chosen = trains and not self._is_kept_aside(config, name)
+            else:
+                parts = name.split(".")
+                chosen = any(check_target_module_exists(config, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
+            if chosen and not name:
+                raise UnsupportedModelError(
+                    f"parameters {own} lie on the model itself ({type(model).__name__}), which cannot be wrapped. "
+                    "Freeze them (requires_grad_(False)) before get_peft_model, or pass target_modules."
+                )
+            if chosen and not self._is_excluded(config, name):
+                targets.add(name)
+        if not targets:
+            frozen = ", and every parameter of the model is frozen" if config.target_modules is None else ""
+            names = [name for name, _ in modules if name]
+            raise TargetModulesError(
+                f"target_modules={config.target_modules!r} matches no module with parameters{frozen} "
+                f"(exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r}). "
+                f"Candidates: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
+            )
+        return targets
+
+    @staticmethod
+    def _is_excluded(config: ROSEConfig, name: str) -> bool:
+        probe = copy.copy(config)
+        probe.target_modules = set()
+        parts = name.split(".")
+        return any(
+            isinstance(check_target_module_exists(probe, ".".join(parts[:n])), _ExcludedModule)
+            for n in range(1, len(parts) + 1)
+        )
+
+    @staticmethod
+    def _is_kept_aside(config: ROSEConfig, name: str) -> bool:
+        """Whether PEFT will wrap this module, or one around it, for `modules_to_save` (which goes by name endings)."""
+        parts = name.split(".")
+        prefixes = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        return any(prefix.endswith(saved) for prefix in prefixes for saved in config.modules_to_save or ())
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
+        if key.replace(".base_layer", "") in self._targets and not key.endswith(".base_layer"):
+            return True
+        return _ExcludedModule() if self._is_excluded(peft_config, key) else False
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, RoseLayer):
+            target.update_layer(adapter_name)
+            return
+        layer = RoseLayer(target, adapter_name)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Full weights keep the dtype of the model. PEFT calls this after loading, when tied copies may have come apart.
+        tie_copies(self.model, adapter_name)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        selector = find_selector(self.model)
+        if selector is not None:
+            selector.detach()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        """Merging full weights keeps tied weights tied, so PEFT's warning about them does not apply."""
+
+
+def _own_parameters(module: nn.Module) -> list[str]:
+    if isinstance(module, RoseLayer):
+        return module.parameter_names
+    return [name for name, _ in module.named_parameters(recurse=False)]
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
+    mark = next((mark for mark in marks if getattr(model, mark, None)), None)
+    integer = next((name for name, param in model.named_parameters() if not param.is_floating_point()), None)
+    if mark is not None or integer is not None:
+        found = f"model.{mark}={getattr(model, mark)}" if mark else f"{integer} has an integer dtype"
+        raise UnsupportedModelError(
+            f"full fine-tuning needs floating-point weights, but the base is quantized ({found}). Load it without "
+            "quantization, or train an adapter over it: ROSEConfig(base_config=LoraConfig(...))."
+        )
+
+
+def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, **kwargs: Any) -> BaseTuner:
+    """Build the tuner of the base config and attach ROSE to it."""
+    inner = copy.deepcopy(config.base_config)
+    assert inner is not None
+    inner.inference_mode = config.inference_mode
+    inner.base_model_name_or_path = config.base_model_name_or_path
+    for name in ("task_type", "revision", "modules_to_save"):
+        value = getattr(config, name)
+        if hasattr(inner, name):
+            setattr(inner, name, value)
+        elif value:
+            raise RoseConfigError(
+                f"{name}={value!r} is unknown to {type(inner).__name__}, so it would be lost; leave it out."
+            )
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, {adapter_name: inner}, adapter_name, **kwargs)
+    if not config.inference_mode:
+        # The tuner calls `model.forward` directly, so hooks on the model would not fire.
+        RoseSelector(tuner, model, config)
+    return tuner

@@ -1,0 +1,156 @@
+"""How a mask acts on one step of any `torch.optim` optimizer: before it on the gradients, after it on the weights.
+
+For a unit with mask w the optimizer sees w g + (1 - w) g0, where g0 is the gradient that leaves its momentum as it is,
+and only the share w of its move is kept (section 3.3 step 5 of the reference). A unit with w = 1 is not touched at
+all; with w = 0 weights and momentum are put back to the last bit, weight decay included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedOptimizerError
+
+
+@dataclass(frozen=True)
+class MomentumRule:
+    """How an optimizer accumulates its momentum.
+
+    Args:
+        key: Name of the momentum in the optimizer's state.
+        fresh: Factor with which a new gradient enters the momentum.
+        stationary: The gradient that leaves the momentum m as it is, as a multiple of m.
+    """
+
+    key: str
+    fresh: float
+    stationary: float
+
+
+def momentum_rule(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> MomentumRule | None:
+    """Read off an optimizer's class and settings how it keeps a momentum of gradients, or None where it keeps none.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`. A class with `betas` and the state `exp_avg` counts as Adam-like.
+        group: The parameter group whose settings hold.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.SGD):
+        momentum, dampening = group["momentum"], group["dampening"]
+        if momentum == 0 or dampening == 1:
+            return None
+        return MomentumRule("momentum_buffer", 1 - dampening, _sign(group) * (1 - momentum) / (1 - dampening))
+    if name == "Muon":
+        return MomentumRule("momentum_buffer", 1 - group["momentum"], _sign(group))
+    betas = group.get("betas")
+    if isinstance(betas, (tuple, list)) and len(betas) >= 2 and all(beta is not None for beta in betas[:2]):
+        # Lion moves along a mix made with beta1, but keeps its momentum with beta2.
+        rate = betas[1] if "lion" in name.lower() else betas[0]
+        return MomentumRule("exp_avg", 1 - float(rate), _sign(group))
+    return None
+
+
+def _sign(group: dict[str, Any]) -> int:
+    return -1 if group.get("maximize") else 1
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumRule) -> Tensor | None:
+    """The momentum of one parameter before the step, or None where the optimizer has no state for it yet.
+
+    Raises:
+        UnsupportedOptimizerError: If the optimizer keeps its momentum in a form that cannot be read.
+    """
+    # `optimizer.state` is a defaultdict: a look-up would create the entry and keep the optimizer from initializing it.
+    state = optimizer.state[param] if param in optimizer.state else {}
+    if not state:
+        return None
+    momentum = state.get(rule.key)
+    if momentum is None and rule.key == "momentum_buffer":
+        return None
+    if not isinstance(momentum, Tensor) or momentum.shape != param.shape or not momentum.is_floating_point():
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} keeps no readable momentum under state[{rule.key!r}] (found "
+            f"{', '.join(map(str, state))}); use torch.optim.AdamW or SGD with momentum, or strategy='first_order'."
+        )
+    return momentum
+
+
+@dataclass
+class _Saved:
+    param: Tensor
+    grad: Tensor
+    weights: Tensor
+    share: float
+    momentum: Tensor | None
+    momentum_before: Tensor | None
+
+
+class MaskedStep:
+    """One optimizer step under a mask: `blend` before it, `finish` after it."""
+
+    def __init__(self) -> None:
+        self._saved: list[_Saved] = []
+
+    def blend(self, param: Tensor, share: float, rest: float, momentum: Tensor | None, stationary: Any) -> None:
+        """Replace the gradient of one parameter, and remember what `finish` has to put back.
+
+        Args:
+            param: Parameter with a gradient; does nothing for `share` 1.
+            share: Mask w of its unit, in [0, 1].
+            rest: 1 - w, as rounded by whoever made the mask.
+            momentum: Momentum before the step, or None for zero.
+            stationary: `MomentumRule.stationary`, times the loss scale where gradients are still scaled.
+        """
+        if share == 1:
+            return
+        grad = param.grad
+        assert grad is not None
+        before = momentum.detach().clone() if momentum is not None else None
+        # A frozen unit must not see its gradient at all: 0 * NaN is NaN.
+        blended = grad * share if share > 0 else torch.zeros_like(grad)
+        if before is not None:
+            blended = blended + before.to(grad.dtype) * (rest * stationary)
+        keep = before if share == 0 else None
+        self._saved.append(_Saved(param, grad, param.detach().clone(), share, momentum, keep))
+        param.grad = blended
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Keep the share w of the move, put momenta of frozen units back, and give the gradients back."""
+        for saved in self._saved:
+            if saved.share == 0:
+                saved.param.copy_(saved.weights)
+                if saved.momentum is not None and saved.momentum_before is not None:
+                    saved.momentum.copy_(saved.momentum_before)
+            else:
+                saved.param.copy_(torch.lerp(saved.weights, saved.param, saved.share))
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Give the gradients back without touching weights, as when the step itself raised."""
+        for saved in self._saved:
+            saved.param.grad = saved.grad
+        self._saved.clear()
+
+
+def owned_groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Map the identity of each parameter of an optimizer to its group."""
+    return {id(param): group for group in optimizer.param_groups for param in group["params"]}
+
+
+def square_norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Squared Frobenius norms, one kernel for all tensors and no host synchronisation.
+
+    Args:
+        tensors: Any shapes and float dtypes, one device; at least one.
+
+    Returns:
+        float64 [number of tensors]: squares of float32 norms are exact there, so that the norm itself can be had back.
+    """
+    norms = torch._foreach_norm([t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors])
+    return torch.stack([norm.double() for norm in norms]).square()
