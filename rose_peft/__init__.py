@@ -21,10 +21,10 @@ from .plots import plot_masks  # noqa: E402
 from .selector import RoseSelector  # noqa: E402
 from .statistics import RoseStatistics, UnitStatistics  # noqa: E402
 from .tuner import ROSEModel  # noqa: E402
+from .version import __version__  # noqa: E402
 
 register(ROSEConfig, ROSEModel)
 
-__version__ = "0.1.0"
 __all__ = [
     "AlreadyAttachedError",
     "ROSEConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "UnsupportedEngineError",
     "UnsupportedModelError",
     "UnsupportedOptimizerError",
+    "__version__",
     "attach_rose",
     "detach_rose",
     "get_selector",

@@ -58,12 +58,13 @@ class RoseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fail loudly if no step was masked."""
-        if self._selector is not None and state.global_step > 0:
-            if self._selector.statistics().steps == self._steps_before and state.global_step > self._steps_before:
-                raise RoseInactiveError(
-                    f"the Trainer took {state.global_step} steps, and ROSE acted in none of them: the optimizer does "
-                    "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
-                )
+        if self._selector is None or state.global_step == self._steps_before:
+            return
+        if self._selector.statistics().steps == self._steps_before:
+            raise RoseInactiveError(
+                f"the Trainer took {state.global_step} steps, and ROSE acted in none of them: the optimizer does "
+                "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
+            )
 
     @staticmethod
     def figures(selector: RoseSelector) -> dict[str, float]:

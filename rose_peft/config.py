@@ -65,9 +65,7 @@ class ROSEConfig(PeftConfig):
     lower_quantile: float = field(
         default=0.0, metadata={"help": "Units with a score below this quantile are frozen for the step, in [0, 1]."}
     )
-    gamma: float = field(
-        default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."}
-    )
+    gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."})
     warmup_steps: int = field(
         default=0, metadata={"help": "Number of optimizer steps at the start that update every unit fully."}
     )
@@ -179,7 +177,7 @@ class ROSEConfig(PeftConfig):
         """Save the config, and say in the folder's model card how the adapter is loaded.
 
         Args:
-            save_directory: Folder of the adapter; `PeftModel.save_pretrained` has written the card before it gets here.
+            save_directory: Folder of the adapter; `PeftModel.save_pretrained` writes the card before the config.
             **kwargs: As in `PeftConfig.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)

@@ -75,12 +75,14 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         container = getattr(self, f"rose_{parameter_name}")
         return (container, adapter_name) if adapter_name in container else None
 
-    def copies(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def copies(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield (parameter name, base parameter, copy) of one adapter."""
         for name in self.parameter_names:
             slot = self.slot(name, adapter_name)
-            if slot is not None:
-                yield name, self.base_layer._parameters[name], slot[0]._parameters[slot[1]]
+            base = self.base_layer._parameters[name]
+            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            if base is not None and copied is not None:
+                yield name, base, copied
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the adapter whose copy is used; full weights of several adapters cannot be added up.
@@ -92,8 +94,8 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         present = [name for name in names if name in self._get_available_adapters()]
         if len(present) > 1:
             raise UnsupportedModelError(
-                f"adapter_names={present} cannot be active together: each holds full weights, not a difference to add. "
-                "Pass one name to set_adapter."
+                f"adapter_names={present} cannot be active together: each holds full weights, not a difference to "
+                "add. Pass one name to set_adapter."
             )
         super().set_adapter(names, inference_mode=inference_mode)
 
@@ -156,7 +158,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         for name in self.parameter_names:
             base = self.base_layer._parameters[name]
-            if hasattr(base, _UNMERGED):
+            if base is not None and hasattr(base, _UNMERGED):
                 base.data = getattr(base, _UNMERGED)
                 delattr(base, _UNMERGED)
         if self.copies_module:

@@ -40,9 +40,7 @@ def second_order_scores(grad_norms: Tensor, momentum_norms: Tensor, fresh: Tenso
     return (fresh * grad_norms / momentum_norms - 1).abs()
 
 
-def quantile_band(
-    scores: Tensor, lower: float, upper: float, unranked: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantile_band(scores: Tensor, lower: float, upper: float, unranked: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Keep the units whose score lies between two quantiles, both inclusive (section 3.3 step 3 of the reference).
 
     The arithmetic follows the dtype of the scores, as published: linear interpolation at rank q (n - 1) of the n

@@ -210,7 +210,7 @@ class RoseSelector:
                 tensor.register_hook(seen)
 
     def _forget_discarded_window(self, parameters: list[tuple[int, Tensor]]) -> None:
-        """Drop risk passes whose gradients were thrown away without a step, as after an overflow under a GradScaler."""
+        """Drop risk passes whose gradients were thrown away, as after an overflow under a GradScaler."""
         if self._square_sum is None or self._counts is None or not self._backward_seen:
             return
         gradients = [param.grad for _, param in parameters if param.grad is not None]
@@ -333,9 +333,7 @@ class RoseSelector:
         self._optimizer = weakref.ref(optimizer)
         self._foreign_steps = 0
 
-    def _notice_foreign_step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[tuple[int, Tensor]]
-    ) -> None:
+    def _notice_foreign_step(self, optimizer: torch.optim.Optimizer, parameters: list[tuple[int, Tensor]]) -> None:
         if self._square_sum is None and all(param.grad is None for _, param in parameters):
             return
         self._foreign_steps += 1
@@ -504,9 +502,7 @@ def _loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
     return float(scale) if isinstance(scale, Tensor) else float(scale.get_scale())
 
 
-def _no_momentum(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], strategy: str
-) -> UnsupportedOptimizerError:
+def _no_momentum(optimizer: torch.optim.Optimizer, group: dict[str, Any], strategy: str) -> UnsupportedOptimizerError:
     setting = "momentum=0" if group.get("momentum") == 0 else "no momentum of gradients"
     return UnsupportedOptimizerError(
         f"strategy={strategy!r} compares gradients with the optimizer's momentum, but {type(optimizer).__name__} has "
@@ -514,8 +510,8 @@ def _no_momentum(
     )
 
 
-# One pair of global optimizer hooks serves all selectors: users do not pass their optimizer, and AcceleratedOptimizer has
-# no hook lists of its own.
+# One pair of global optimizer hooks serves all selectors: users do not pass their optimizer, and AcceleratedOptimizer
+# has no hook lists of its own.
 def _before_any_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for selector in list(_live):
         selector.before_step(optimizer, args, kwargs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
+from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import nn
@@ -33,7 +34,7 @@ class ROSEModel(BaseTuner):
 
     prefix = "rose_"
     tuner_layer_cls = RoseLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
@@ -51,7 +52,7 @@ class ROSEModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules, tie the copies of tied weights, and attach ROSE where the adapter trains."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if config.base_config is not None:
             raise RoseConfigError(
                 "base_config cannot be added to a model that is fully fine-tuned with ROSE; start from the base model "
@@ -67,7 +68,7 @@ class ROSEModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         selector = find_selector(self.model)
         name = adapter_name if isinstance(adapter_name, str) else next(iter(adapter_name), None)
-        config = self.peft_config.get(name)
+        config: Any = self.peft_config.get(name) if name is not None else None
         if selector is not None and config is not None and selector.config is not config:
             selector.detach()
             RoseSelector(self.model, self.model, config)
@@ -152,7 +153,7 @@ class ROSEModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # Full weights keep the dtype of the model. PEFT calls this after loading, when tied copies may have come apart.
+        # Full weights keep the dtype of the model. PEFT calls this after loading, which may untie.
         tie_copies(self.model, adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +198,8 @@ def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, **kwar
             raise RoseConfigError(
                 f"{name}={value!r} is unknown to {type(inner).__name__}, so it would be lost; leave it out."
             )
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[inner.peft_type](model, {adapter_name: inner}, adapter_name, **kwargs)
+    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(inner.peft_type)]
+    tuner = tuner_cls(model, {adapter_name: inner}, adapter_name, **kwargs)
     if not config.inference_mode:
         # The tuner calls `model.forward` directly, so hooks on the model would not fire.
         RoseSelector(tuner, model, config)

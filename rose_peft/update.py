@@ -65,8 +65,8 @@ def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumR
     Raises:
         UnsupportedOptimizerError: If the optimizer keeps its momentum in a form that cannot be read.
     """
-    # `optimizer.state` is a defaultdict: a look-up would create the entry and keep the optimizer from initializing it.
-    state = optimizer.state[param] if param in optimizer.state else {}
+    # `optimizer.state` is a defaultdict: indexing would create the entry and keep the optimizer from initializing it.
+    state = optimizer.state.get(param, {})
     if not state:
         return None
     momentum = state.get(rule.key)
