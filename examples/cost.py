@@ -3,8 +3,8 @@
     python examples/cost.py
     python examples/cost.py --model_name_or_path roberta-base --device cuda --rounds 50
 
-Every round takes one step of each way in turn on the same batch, so that a machine that gets slower hits all alike; the
-table gives the median over rounds of the ratio to the plain step of the same round.
+Every round takes one step of each way in turn on the same batch, so that a machine that gets slower hits all alike;
+the table gives the median over rounds of the ratio to the plain step of the same round.
 """
 
 from __future__ import annotations

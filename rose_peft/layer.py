@@ -114,7 +114,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if self.copies_module:
             return self.rose_copy[adapter_name](*args, **kwargs)
-        copies = {name: param for name, _, param in self.copies(adapter_name)}
+        copies: dict[str, Tensor] = {name: param for name, _, param in self.copies(adapter_name)}
         return functional_call(self.base_layer, copies, args, kwargs)
 
     @torch.no_grad()

@@ -67,10 +67,11 @@ class RoseSelector:
         self.config = config
         self.units: list[Unit] = find_units(model, config)
         self.state = SelectionState([unit.name for unit in self.units])
+        self._outgrown: dict[str, Any] | None = None
         self._adapters = self._adapter_signature()
         self._in_risk_pass = False
         self._pending: tuple[torch.optim.Optimizer, MaskedStep] | None = None
-        self._pending_masks: Tensor | None = None
+        self._pending_masks: tuple[Tensor, Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._stepped_gradient: tuple[int, int] | None = None
         self._foreign_steps = 0
@@ -117,12 +118,14 @@ class RoseSelector:
     # Units ----------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Find the units anew, as after an adapter was added or deleted; statistics start over if they changed."""
+        """Find the units anew, as after an adapter was added or deleted; what is known of old ones is kept."""
         self.units = find_units(self.model, self.config)
         self._adapters = self._adapter_signature()
         names = [unit.name for unit in self.units]
         if names != self.state.units:
+            self._outgrown = self.state.values
             self.state = SelectionState(names)
+            self.state.continue_from(self._outgrown)
         self._clear_window()
 
     def _adapter_signature(self) -> tuple[tuple[str, int], ...]:
@@ -136,7 +139,13 @@ class RoseSelector:
         return [(index, param) for index, unit in enumerate(self.units) for param in unit.parameters()]
 
     def _target_modules(self) -> Iterator[nn.Module]:
-        owners = {id(module): module for unit in self.units for module, _ in unit.slots}
+        # Norm weights are units too, but dropout belongs in front of the matrices.
+        owners = {
+            id(module): module
+            for unit in self.units
+            for module, name in unit.slots
+            if any(param.dim() > 1 for param in [module._parameters[name]] if param is not None)
+        }
         for layer in self.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 if any(id(module) in owners for module in layer.modules()):
@@ -150,7 +159,7 @@ class RoseSelector:
         """Forget the risk passes since the last optimizer step."""
         self._square_sum: Tensor | None = None
         self._counts: Tensor | None = None  # finite passes, skipped passes, passes with equal outputs
-        self._without_risk: set[int] = set()
+        self._reached: set[int] = set()
         self._backward_seen = False
 
     @torch.compiler.disable
@@ -179,8 +188,7 @@ class RoseSelector:
                 "compute them with gradients, or use strategy='second_order'."
             )
         self._accumulate_risk(parameters, value, equal)
-        if self._square_sum is not None and value.requires_grad:
-            self._watch_backward(output)
+        self._watch_backward(output)
         losses = loss_of(output), loss_of(second)
         if losses[0] is not None and losses[1] is not None:
             return with_loss(output, (losses[0] + losses[1]) / 2)
@@ -227,7 +235,7 @@ class RoseSelector:
             value * scale, [param for _, param in parameters], retain_graph=True, allow_unused=True
         )
         found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
-        self._without_risk |= {index for index, _ in parameters} - {index for index, _ in found}
+        self._reached |= {index for index, _ in found}
         if not found:
             raise RoseInactiveError(
                 "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
@@ -300,7 +308,9 @@ class RoseSelector:
                 stationary = rule.stationary * loss_scale if rule is not None else 0.0
                 step.blend(param, shares[index], rests[index], momentum, stationary)
         self._pending = (optimizer, step)
-        self._pending_masks = masks
+        stepped = torch.zeros(len(self.units), dtype=torch.bool)
+        stepped[[index for index, _ in stepping]] = True
+        self._pending_masks = masks, stepped
         self._stepped_gradient = self._gradient_version(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -309,7 +319,7 @@ class RoseSelector:
             return
         self._pending[1].finish()
         self._pending = None
-        self.state.record(self._pending_masks)
+        self.state.record(*self._pending_masks)
         self._clear_window()
 
     def _check_optimizer(
@@ -349,7 +359,7 @@ class RoseSelector:
         saved = group.get(STATE_KEY)
         if saved is self.state.values:
             return
-        if saved is not None:
+        if saved is not None and saved is not self._outgrown:
             self.state.load(saved)
         group[STATE_KEY] = self.state.values
 
@@ -380,27 +390,26 @@ class RoseSelector:
     ) -> Tensor:
         device = stepping[0][1].device
         if self._square_sum is None or self._counts is None:
-            # Stepping twice with the same gradients is the user's right. New gradients without a training pass
-            # through the hook mean that it is bypassed.
-            if distributed.world_size() == 1 and self._gradient_version(stepping) != self._stepped_gradient:
-                raise RoseInactiveError(
-                    "optimizer.step() has new gradients, but no training pass went through the model since the last "
-                    "step: call the model that get_peft_model returned, in train mode and with gradients on, or use "
-                    "strategy='second_order'."
-                )
             sums = torch.zeros(len(self.units) + 3, dtype=torch.float64, device=device)
         else:
             sums = torch.cat([self._square_sum, self._counts]).to(device)
             self._check_risk_reached(stepping)
         sums = distributed.sum_over_ranks(sums).cpu()
         square_sum, (finite, skipped, equal) = sums[:-3], sums[-3:].tolist()
+        # Stepping twice with the same gradients is the user's right. New gradients without a training pass through
+        # the hook mean that it is bypassed.
+        if finite + skipped == 0 and self._gradient_version(stepping) != self._stepped_gradient:
+            raise RoseInactiveError(
+                "optimizer.step() has new gradients, but no training pass went through the model since the last step: "
+                "call the model that get_peft_model returned, in train mode and with gradients on, or use "
+                "strategy='second_order'."
+            )
         self._notice_idle_step(finite, skipped, equal)
         if finite > 0:
             scores = selection.root_mean_square(square_sum, torch.tensor(finite, dtype=torch.float64)).to(dtype)
-            unreached = torch.zeros(len(self.units), dtype=torch.bool)
-            unreached[list(self._without_risk)] = True
+            # A unit that took no part in any risk pass (an expert without tokens) has nothing to be ranked by.
             mask, thresholds = selection.quantile_band(
-                scores, self.config.lower_quantile, self.config.upper_quantile, without_gradient | unreached
+                scores, self.config.lower_quantile, self.config.upper_quantile, without_gradient | (square_sum == 0)
             )
             self.state.first_scores.copy_(scores)
             self.state.first_thresholds.copy_(thresholds)
@@ -449,7 +458,7 @@ class RoseSelector:
         return mask
 
     def _check_risk_reached(self, stepping: list[tuple[int, Tensor]]) -> None:
-        unreached = {index for index, _ in stepping} & self._without_risk
+        unreached = {index for index, _ in stepping} - self._reached
         if 2 * len(unreached) >= len({index for index, _ in stepping}):
             raise RoseInactiveError(
                 f"{len(unreached)} of {len(self.units)} units have a gradient of the loss but none of the dropout "

@@ -20,7 +20,7 @@ class UnitStatistics:
     """One unit.
 
     Args:
-        kept_share: Mean of its mask over all steps, in [0, 1].
+        kept_share: Mean of its mask over the steps in which it had a gradient, in [0, 1].
         last_mask: Its mask in the last step.
         first_order_score: Its last first-order score; NaN before there is one.
         second_order_score: Its last second-order score; NaN before there is one.
@@ -78,7 +78,9 @@ class SelectionState:
             "steps": torch.zeros((), dtype=torch.int64),
             "skipped": torch.zeros((), dtype=torch.int64),
             "mask_sum": torch.zeros(units, dtype=torch.float64),
+            "unit_steps": torch.zeros(units, dtype=torch.int64),
             "last_mask": torch.ones(units, dtype=torch.float32),
+            "last_stepped": torch.zeros(units, dtype=torch.bool),
             "first_mask": torch.ones(units, dtype=torch.float32),
             "first_scores": torch.full((units,), nan, dtype=torch.float64),
             "second_scores": torch.full((units,), nan, dtype=torch.float64),
@@ -95,14 +97,18 @@ class SelectionState:
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
 
-    def record(self, masks: Tensor) -> None:
+    def record(self, masks: Tensor, stepped: Tensor) -> None:
         """Count one step.
 
         Args:
             masks: Masks applied in it, float32 [U].
+            stepped: Units that had a gradient in it, bool [U]; the others do not count.
         """
+        masks = torch.where(stepped, masks, torch.zeros_like(masks))
         self.last_mask.copy_(masks)
+        self.last_stepped.copy_(stepped)
         self.mask_sum.add_(masks)
+        self.unit_steps.add_(stepped)
         column = int(self.steps) // int(self.history_stride)
         if column >= HISTORY_LENGTH:
             # Halve the resolution instead of growing: the picture stays, the memory does not.
@@ -147,14 +153,32 @@ class SelectionState:
             if isinstance(value, Tensor):
                 value.copy_(values[name])
 
+    def continue_from(self, values: dict[str, Any]) -> None:
+        """Take over what is known of units of the same names; new ones start from nothing.
+
+        Args:
+            values: The `values` of a state with other units.
+        """
+        old = {name: index for index, name in enumerate(values["units"])}
+        mine = [index for index, name in enumerate(self.units) if name in old]
+        theirs = [old[self.units[index]] for index in mine]
+        for name, value in self.values.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.dim() == 0 or name.endswith("thresholds"):
+                value.copy_(values[name])
+            elif value.dim() == 1:
+                value[mine] = values[name][theirs]
+            else:
+                value[:, mine] = values[name][:, theirs]
+
     def statistics(self) -> RoseStatistics:
         """Read the statistics off; no device is asked."""
-        steps = int(self.steps)
-        shares = self.mask_sum / steps if steps else torch.full_like(self.mask_sum, float("nan"))
+        shares = self.mask_sum / self.unit_steps
         return RoseStatistics(
-            steps=steps,
-            kept_share=float(shares.mean()),
-            last_kept_share=float(self.last_mask.mean()) if steps else float("nan"),
+            steps=int(self.steps),
+            kept_share=float(self.mask_sum.sum() / self.unit_steps.sum()),
+            last_kept_share=float(self.last_mask.sum() / self.last_stepped.sum()),
             skipped_risk_passes=int(self.skipped),
             first_order_thresholds=tuple(self.first_thresholds.tolist()),
             second_order_thresholds=tuple(self.second_thresholds.tolist()),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+import re
+from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -34,7 +35,7 @@ class ROSEModel(BaseTuner):
 
     prefix = "rose_"
     tuner_layer_cls = RoseLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an instance variable of BaseTuner)
 
     def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
@@ -78,7 +79,24 @@ class ROSEModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _refuse_quantized(model)
+        if peft_config.target_modules is None and not peft_config.inference_mode:
+            self._record_frozen(peft_config, model)
         self._targets = self._find_targets(peft_config, model)
+
+    def _record_frozen(self, config: ROSEConfig, model: nn.Module) -> None:
+        """Name modules that the user froze in the config, or a loaded adapter would expect weights for them."""
+        frozen = {
+            name
+            for name, module in base_modules(model)
+            if name
+            and (own := _own_parameters(module))
+            and all(f"{name}.{parameter}" in self._frozen for parameter in own)
+        }
+        if frozen and isinstance(config.exclude_modules, str):
+            names = "|".join(re.escape(name) for name in sorted(frozen))
+            config.exclude_modules = f"(?:{config.exclude_modules})|{names}"
+        elif frozen:
+            config.exclude_modules = frozen | set(config.exclude_modules or ())
 
     def _find_targets(self, config: ROSEConfig, model: nn.Module) -> set[str]:
         """Names of the modules to wrap: those with parameters of their own that are meant to train."""
