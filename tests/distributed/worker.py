@@ -107,6 +107,7 @@ def main() -> None:
     result = {"masks": torch.stack(masks), "weights": weights, "statistics": selector.statistics().as_dict()}
     torch.save(result, f"{args.output}.{RANK}")
     if WORLD > 1:
+        dist.barrier()  # a rank that leaves early can keep gloo from shutting down in the other
         dist.destroy_process_group()
 
 
