@@ -73,7 +73,9 @@ class RoseSelector:
         self._pending: tuple[torch.optim.Optimizer, MaskedStep] | None = None
         self._pending_masks: tuple[Tensor, Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._stepped_gradient: tuple[int, int] | None = None
+        self._stepped_gradient = _GradientMark()
+        self._foreign_gradient = _GradientMark()
+        self._new_pass = False
         self._foreign_steps = 0
         self._idle_steps = 0
         self._clear_window()
@@ -113,7 +115,8 @@ class RoseSelector:
         _track(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None, "_optimizer": None}
+        fresh = {"_stepped_gradient": _GradientMark(), "_foreign_gradient": _GradientMark()}
+        return {**self.__dict__, "_pending": None, "_optimizer": None, **fresh}
 
     # Units ----------------------------------------------------------------------------------------------------------
 
@@ -236,6 +239,7 @@ class RoseSelector:
         )
         found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
         self._reached |= {index for index, _ in found}
+        self._new_pass = True
         if not found:
             raise RoseInactiveError(
                 "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
@@ -311,7 +315,7 @@ class RoseSelector:
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient = self._gradient_version(stepping)
+        self._stepped_gradient.put(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
@@ -344,8 +348,12 @@ class RoseSelector:
         self._foreign_steps = 0
 
     def _notice_foreign_step(self, optimizer: torch.optim.Optimizer, parameters: list[tuple[int, Tensor]]) -> None:
-        if self._square_sum is None and all(param.grad is None for _, param in parameters):
+        # A model that is left alone while another one is trained may keep gradients and a window for ever: only what
+        # is new since the last such step says that this one is being trained.
+        new_pass, self._new_pass = self._new_pass, False
+        if not new_pass and self._foreign_gradient.matches(parameters):
             return
+        self._foreign_gradient.put(parameters)
         self._foreign_steps += 1
         if self._foreign_steps > FOREIGN_STEPS:
             raise RoseInactiveError(
@@ -398,7 +406,7 @@ class RoseSelector:
         square_sum, (finite, skipped, equal) = sums[:-3], sums[-3:].tolist()
         # Stepping twice with the same gradients is the user's right. New gradients without a training pass through
         # the hook mean that it is bypassed.
-        if finite + skipped == 0 and self._gradient_version(stepping) != self._stepped_gradient:
+        if finite + skipped == 0 and not self._stepped_gradient.matches(stepping):
             raise RoseInactiveError(
                 "optimizer.step() has new gradients, but no training pass went through the model since the last step: "
                 "call the model that get_peft_model returned, in train mode and with gradients on, or use "
@@ -489,10 +497,27 @@ class RoseSelector:
                 "use bf16 instead of fp16, or raise dropout in ROSEConfig."
             )
 
+
+class _GradientMark:
+    """Remembers a gradient, to tell later whether there is a new one."""
+
+    def __init__(self) -> None:
+        self._grad: weakref.ref[Tensor] | None = None
+        self._version = 0
+
     @staticmethod
-    def _gradient_version(stepping: list[tuple[int, Tensor]]) -> tuple[int, int] | None:
-        grad = stepping[0][1].grad
-        return (id(grad), grad._version) if grad is not None else None
+    def _first(parameters: list[tuple[int, Tensor]]) -> Tensor | None:
+        return next((param.grad for _, param in parameters if param.grad is not None), None)
+
+    def put(self, parameters: list[tuple[int, Tensor]]) -> None:
+        grad = self._first(parameters)
+        self._grad = weakref.ref(grad) if grad is not None else None
+        self._version = grad._version if grad is not None else 0
+
+    def matches(self, parameters: list[tuple[int, Tensor]]) -> bool:
+        grad = self._first(parameters)
+        known = self._grad() if self._grad is not None else None
+        return grad is known and (grad is None or grad._version == self._version)
 
 
 def _tensors(output: Any) -> list[Tensor]:
