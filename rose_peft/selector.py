@@ -73,7 +73,9 @@ class RoseSelector:
         self._pending: tuple[torch.optim.Optimizer, MaskedStep] | None = None
         self._pending_masks: tuple[Tensor, Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._stepped_gradient: tuple[int, int] | None = None
+        self._stepped_gradient = _GradientMark()
+        self._foreign_gradient = _GradientMark()
+        self._new_pass = False
         self._sharded: list[tuple[int, Tensor]] | None = None
         self._foreign_steps = 0
         self._idle_steps = 0
@@ -81,12 +83,10 @@ class RoseSelector:
         self._dropout: TrainingDropout | None = None
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
-        self._handles: list[Any] = []
+        self._engine_checked = False
+        self._handles: list[Any] = [host.register_forward_pre_hook(self._before_forward)]
         if self.needs_risk_pass:
-            self._handles = [
-                host.register_forward_pre_hook(self._before_forward),
-                host.register_forward_hook(self._after_forward, with_kwargs=True),
-            ]
+            self._handles.append(host.register_forward_hook(self._after_forward, with_kwargs=True))
         host.__dict__[_SELECTOR] = self
         _track(self)
 
@@ -117,7 +117,8 @@ class RoseSelector:
         _track(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None, "_optimizer": None}
+        fresh = {"_stepped_gradient": _GradientMark(), "_foreign_gradient": _GradientMark()}
+        return {**self.__dict__, "_pending": None, "_optimizer": None, **fresh}
 
     # Units ----------------------------------------------------------------------------------------------------------
 
@@ -168,9 +169,14 @@ class RoseSelector:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not module.training:
+            return
+        if not self._engine_checked or getattr(module, "_is_replica", False):
+            distributed.check_engine(module, [param for _, param in self._parameters()])
+            self._engine_checked = True
         # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
         # pass would leave its gradient nothing to reach.
-        if module.training and any(isinstance(param, DTensor) for _, param in self._parameters()):
+        if self.needs_risk_pass and any(isinstance(param, DTensor) for _, param in self._parameters()):
             distributed.keep_unsharded_after_forward(self.model)
 
     @torch.compiler.disable
@@ -180,7 +186,6 @@ class RoseSelector:
         parameters = self._parameters()
         if not parameters:
             return None
-        distributed.check_engine(module, [param for _, param in parameters])
         if any(isinstance(param, DTensor) for _, param in parameters):
             raise UnsupportedEngineError(
                 f"strategy={self.config.strategy!r} needs whole parameters inside the forward call, and this engine "
@@ -249,6 +254,7 @@ class RoseSelector:
         )
         found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
         self._reached |= {index for index, _ in found}
+        self._new_pass = True
         if not found:
             raise RoseInactiveError(
                 "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
@@ -324,7 +330,7 @@ class RoseSelector:
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient = self._gradient_version(stepping)
+        self._stepped_gradient.put(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
@@ -357,8 +363,12 @@ class RoseSelector:
         self._foreign_steps = 0
 
     def _notice_foreign_step(self, optimizer: torch.optim.Optimizer, parameters: list[tuple[int, Tensor]]) -> None:
-        if self._square_sum is None and all(param.grad is None for _, param in parameters):
+        # A model that is left alone while another one is trained may keep gradients and a window for ever: only what
+        # is new since the last such step says that this one is being trained.
+        new_pass, self._new_pass = self._new_pass, False
+        if not new_pass and self._foreign_gradient.matches(parameters):
             return
+        self._foreign_gradient.put(parameters)
         self._foreign_steps += 1
         if self._foreign_steps > FOREIGN_STEPS:
             raise RoseInactiveError(
@@ -411,7 +421,7 @@ class RoseSelector:
         square_sum, (finite, skipped, equal) = sums[:-3], sums[-3:].tolist()
         # Stepping twice with the same gradients is the user's right. New gradients without a training pass through
         # the hook mean that it is bypassed.
-        if finite + skipped == 0 and self._gradient_version(stepping) != self._stepped_gradient:
+        if finite + skipped == 0 and not self._stepped_gradient.matches(stepping):
             raise RoseInactiveError(
                 "optimizer.step() has new gradients, but no training pass went through the model since the last step: "
                 "call the model that get_peft_model returned, in train mode and with gradients on, or use "
@@ -502,10 +512,27 @@ class RoseSelector:
                 "use bf16 instead of fp16, or raise dropout in ROSEConfig."
             )
 
+
+class _GradientMark:
+    """Remembers a gradient, to tell later whether there is a new one."""
+
+    def __init__(self) -> None:
+        self._grad: weakref.ref[Tensor] | None = None
+        self._version = 0
+
     @staticmethod
-    def _gradient_version(stepping: list[tuple[int, Tensor]]) -> tuple[int, int] | None:
-        grad = stepping[0][1].grad
-        return (id(grad), grad._version) if grad is not None else None
+    def _first(parameters: list[tuple[int, Tensor]]) -> Tensor | None:
+        return next((param.grad for _, param in parameters if param.grad is not None), None)
+
+    def put(self, parameters: list[tuple[int, Tensor]]) -> None:
+        grad = self._first(parameters)
+        self._grad = weakref.ref(grad) if grad is not None else None
+        self._version = grad._version if grad is not None else 0
+
+    def matches(self, parameters: list[tuple[int, Tensor]]) -> bool:
+        grad = self._first(parameters)
+        known = self._grad() if self._grad is not None else None
+        return grad is known and (grad is None or grad._version == self._version)
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
