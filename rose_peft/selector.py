@@ -84,9 +84,14 @@ class RoseSelector:
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
         self._engine_checked = False
-        self._handles: list[Any] = [host.register_forward_pre_hook(self._before_forward)]
-        if self.needs_risk_pass:
-            self._handles.append(host.register_forward_hook(self._after_forward, with_kwargs=True))
+        # Which of both is called differs: PEFT's models for a task call the tuner, a PeftModel without a task type calls
+        # the base model past it, and a tuner may call the base model's `forward` past the hooks.
+        self._model_passed = False
+        self._handles: list[Any] = []
+        for module in dict.fromkeys((host, model)):
+            self._handles.append(module.register_forward_pre_hook(self._before_forward))
+            if self.needs_risk_pass:
+                self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         host.__dict__[_SELECTOR] = self
         _track(self)
 
@@ -169,6 +174,8 @@ class RoseSelector:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.host:
+            self._model_passed = False
         if not module.training:
             return
         if not self._engine_checked or getattr(module, "_is_replica", False):
@@ -182,6 +189,10 @@ class RoseSelector:
     @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_risk_pass or not module.training or not torch.is_grad_enabled():
+            return None
+        if module is self.model:
+            self._model_passed = True
+        elif self._model_passed:  # the call went through the base model's own hook
             return None
         parameters = self._parameters()
         if not parameters:
