@@ -60,6 +60,7 @@ class ROSEModel(BaseTuner):
                 "(model.unload()) and call get_peft_model with it."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
