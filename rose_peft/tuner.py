@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_mo
 from torch import nn
 
 from .config import ROSEConfig
-from .errors import RoseConfigError, TargetModulesError, UnsupportedModelError
+from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, UnsupportedModelError
 from .layer import RoseLayer, tie_copies
 from .selector import RoseSelector, find_selector
 from .units import base_modules
@@ -37,7 +37,9 @@ class ROSEModel(BaseTuner):
     tuner_layer_cls = RoseLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an instance variable of BaseTuner)
 
-    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
+    def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "", **kwargs: Any) -> Any:
+        if peft_config is None:  # copy and pickle make the object first and fill it later
+            return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if config.base_config is not None:
             return _build_inner(model, config, adapter_name, **kwargs)
@@ -46,6 +48,10 @@ class ROSEModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         self._frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        if find_selector(model) is not None:
+            raise AlreadyAttachedError(
+                f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its hooks; BaseTuner would go past them."""
