@@ -8,14 +8,20 @@ from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import ROSEConfig
 from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, UnsupportedModelError
 from .layer import RoseLayer, tie_copies
 from .selector import RoseSelector, find_selector
-from .units import base_modules
+from .units import base_modules, find_units
 
 
 class ROSEModel(BaseTuner):
@@ -88,7 +94,9 @@ class ROSEModel(BaseTuner):
         _refuse_quantized(model)
         if peft_config.target_modules is None and not peft_config.inference_mode:
             self._record_frozen(peft_config, model)
-        self._targets = self._find_targets(peft_config, model)
+        self._targets = self._find_targets(_maybe_include_all_linear_layers(peft_config, model), model)
+        if not peft_config.inference_mode:
+            find_units(model, peft_config, self._targets)  # refuses before anything is changed
 
     def _record_frozen(self, config: ROSEConfig, model: nn.Module) -> None:
         """Name modules that the user froze in the config, or a loaded adapter would expect weights for them."""
