@@ -52,7 +52,9 @@ class ROSEModel(BaseTuner):
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        self._frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+        self._frozen = {
+            name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad
+        }
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if find_selector(model) is not None:
             raise AlreadyAttachedError(
@@ -120,7 +122,7 @@ class ROSEModel(BaseTuner):
         for name, module in modules:
             own = _own_parameters(module)
             if config.target_modules is None:
-                trains = any(f"{name}.{parameter}" not in self._frozen for parameter in own)
+                trains = any((f"{name}.{parameter}" if name else parameter) not in self._frozen for parameter in own)
                 chosen = trains and not self._is_kept_aside(config, name)
             else:
                 parts = name.split(".")
@@ -177,7 +179,9 @@ class ROSEModel(BaseTuner):
         if isinstance(target, RoseLayer):
             target.update_layer(adapter_name)
             return
-        layer = RoseLayer(target, adapter_name)
+        frozen = self._frozen if peft_config.target_modules is None else set()
+        name = current_key.replace(".base_layer", "")
+        layer = RoseLayer(target, adapter_name, [own for own in _own_parameters(target) if f"{name}.{own}" in frozen])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
