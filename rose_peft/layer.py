@@ -14,8 +14,8 @@ from torch.func import functional_call
 from .errors import UnsupportedModelError
 
 # Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
-# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as well:
-# a deep copy of a parameter loses its attributes.
+# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` too: a
+# deep copy of a parameter loses its attributes.
 _UNMERGED = "_rose_unmerged"
 
 
@@ -116,6 +116,8 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 module._parameters[attribute].requires_grad_(False)
 
     def _adapter_in_use(self) -> str | None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         if self.disable_adapters or self.merged:
             return None
         available = self._get_available_adapters()
@@ -123,8 +125,6 @@ class RoseLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy of the active adapter, or the base layer where none is in use."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         adapter_name = self._adapter_in_use()
         if adapter_name is None:
             return self.base_layer(*args, **kwargs)

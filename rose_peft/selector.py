@@ -84,8 +84,8 @@ class RoseSelector:
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
         self._engine_checked = False
-        # Which of both is called differs: PEFT's models for a task call the tuner, a PeftModel without a task type calls
-        # the base model past it, and a tuner may call the base model's `forward` past the hooks.
+        # Which of both is called differs: PEFT's models for a task call the tuner, a PeftModel without a task type
+        # calls the base model past it, and a tuner may call the base model's `forward` past the hooks.
         self._model_passed = False
         self._handles: list[Any] = []
         for module in dict.fromkeys((host, model)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftType
@@ -47,6 +48,10 @@ class ROSEModel(BaseTuner):
         if peft_config is None:  # copy and pickle make the object first and fill it later
             return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if find_selector(model) is not None:
+            raise AlreadyAttachedError(
+                f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
+            )
         if config.base_config is not None:
             return _build_inner(model, config, adapter_name, **kwargs)
         return super().__new__(cls)
@@ -56,10 +61,6 @@ class ROSEModel(BaseTuner):
             name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad
         }
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        if find_selector(model) is not None:
-            raise AlreadyAttachedError(
-                f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
-            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its hooks; BaseTuner would go past them."""
@@ -187,7 +188,21 @@ class ROSEModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        # PEFT goes by names from before the wrapping, so the parent may be the layer that has come around it.
+        setattr(parent.base_layer if isinstance(parent, RoseLayer) else parent, child_name, new_module)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # PEFT 0.18 goes by the prefix, which names of the base model may contain ("prose_encoder").
+        managed = (RoseLayer, AuxiliaryTrainingWrapper)
+        kept = {id(param) for m in model.modules() if isinstance(m, managed) for param in _adapter_parameters(m)}
+        for name, param in model.named_parameters():
+            if self.prefix in name and id(param) not in kept:
+                param.requires_grad = False
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        """None that PEFT should warn of: copies of tied weights are tied, and merging keeps them so."""
+        return []
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Full weights keep the dtype of the model. PEFT calls this after loading, which may untie.
@@ -213,8 +228,8 @@ class ROSEModel(BaseTuner):
         _replace_children(self.model, {id(layer): layer.base_layer for layer in layers})
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge_allowed(self) -> None:
-        """Merging full weights keeps tied weights tied, so PEFT's warning about them does not apply."""
+    def _check_tied_modules(self, *args: Any) -> None:
+        """PEFT's warning about tied weights does not apply either."""
 
 
 def _rose_layers(model: nn.Module) -> list[RoseLayer]:
@@ -228,6 +243,12 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
             replacement = replacements.get(id(child))
             if replacement is not None and replacement is not parent:
                 parent._modules[name] = replacement
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    if not isinstance(module, RoseLayer):
+        return module.parameters()
+    return (param for name in module.adapter_layer_names for param in getattr(module, name).parameters())
 
 
 def _own_parameters(module: nn.Module) -> list[str]:
