@@ -303,14 +303,15 @@ class RoseSelector:
         masks = self._masks(optimizer, groups, stepping, loss_scale)
         names = [unit.name for unit in self.units]
         distributed.check_equal_on_ranks(names, masks, stepping[0][1].device)
-        step = MaskedStep()
+        step = MaskedStep(optimizer)
         shares, rests = masks.tolist(), (1 - masks).tolist()
-        for index, param in stepping:
-            if shares[index] < 1:
+        try:
+            for index, param in stepping:
                 rule = momentum_rule(optimizer, groups[id(param)])
-                momentum = momentum_of(optimizer, param, rule) if rule is not None else None
-                stationary = rule.stationary * loss_scale if rule is not None else 0.0
-                step.blend(param, shares[index], rests[index], momentum, stationary)
+                step.blend(param, shares[index], rests[index], rule, loss_scale)
+        except UnsupportedOptimizerError:
+            step.give_back()
+            raise
         self._pending = (optimizer, step)
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
