@@ -295,6 +295,7 @@ class RoseSelector:
         masks = self._masks(optimizer, groups, stepping, loss_scale)
         names = [unit.name for unit in self.units]
         distributed.check_equal_on_ranks(names, masks, stepping[0][1].device)
+        self._stepped_gradient.put(stepping)
         step = MaskedStep(optimizer)
         shares, rests = masks.tolist(), (1 - masks).tolist()
         try:
@@ -308,7 +309,6 @@ class RoseSelector:
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient.put(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
