@@ -78,15 +78,17 @@ class RoseSelector:
         self._stepped_gradient = _GradientMark()
         self._foreign_gradient = _GradientMark()
         self._new_pass = False
+        self._sharded: list[tuple[int, Tensor]] | None = None
         self._foreign_steps = 0
         self._idle_steps = 0
         self._clear_window()
         self._dropout: TrainingDropout | None = None
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
-        self._handle = None
+        self._engine_checked = False
+        self._handles: list[Any] = [host.register_forward_pre_hook(self._before_forward)]
         if self.needs_risk_pass:
-            self._handle = host.register_forward_hook(self._after_forward, with_kwargs=True)
+            self._handles.append(host.register_forward_hook(self._after_forward, with_kwargs=True))
         host.__dict__[_SELECTOR] = self
         _track(self)
 
@@ -101,8 +103,8 @@ class RoseSelector:
 
     def detach(self) -> None:
         """Take every hook off and put the model's own dropout back."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self._dropout is not None:
             self._dropout.undo()
         if self._pending is not None:
@@ -168,17 +170,28 @@ class RoseSelector:
         self._backward_seen = False
 
     @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not module.training:
+            return
+        if not self._engine_checked or getattr(module, "_is_replica", False):
+            distributed.check_engine(module, [param for _, param in self._parameters()])
+            self._engine_checked = True
+        # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
+        # pass would leave its gradient nothing to reach.
+        if self.needs_risk_pass and any(isinstance(param, DTensor) for _, param in self._parameters()):
+            distributed.keep_unsharded_after_forward(self.model)
+
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_risk_pass or not module.training or not torch.is_grad_enabled():
             return None
         parameters = self._parameters()
         if not parameters:
             return None
-        distributed.check_engine(module, [param for _, param in parameters])
         if any(isinstance(param, DTensor) for _, param in parameters):
             raise UnsupportedEngineError(
-                f"strategy={self.config.strategy!r} needs whole parameters inside the forward call, which FSDP2 has "
-                "sharded again by then. Use strategy='second_order', or DDP."
+                f"strategy={self.config.strategy!r} needs whole parameters inside the forward call, and this engine "
+                "shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
             )
         self._forget_discarded_window(parameters)
         with self._risk_pass():
@@ -226,11 +239,13 @@ class RoseSelector:
         """Drop risk passes whose gradients were thrown away, as after an overflow under a GradScaler."""
         if self._square_sum is None or self._counts is None or not self._backward_seen:
             return
+        if self._sharded is not None:  # gradients lie on the shards, which the modules do not show now
+            parameters = self._sharded
         gradients = [param.grad for _, param in parameters if param.grad is not None]
         if not gradients:
             self._clear_window()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
-            alive = (square_norms(gradients).sum() != 0).double()
+            alive = (square_norms(_local(gradients)).sum() != 0).double()
             self._square_sum = self._square_sum * alive
             self._counts = self._counts * alive
 
@@ -259,8 +274,7 @@ class RoseSelector:
 
     def _per_unit(self, tensors: list[tuple[int, Tensor]], device: torch.device) -> Tensor:
         """Sum squared norms per unit in a fixed order: float64 [U]."""
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for _, tensor in tensors]
-        square = square_norms(local)
+        square = square_norms(_local([tensor for _, tensor in tensors]))
         rows: list[list[int]] = [[] for _ in self.units]
         for position, (index, _) in enumerate(tensors):
             rows[index].append(position)
@@ -288,6 +302,7 @@ class RoseSelector:
         stepping = [(index, param) for index, param in owned if param.grad is not None]
         if not stepping:
             return
+        self._sharded = owned if isinstance(owned[0][1], DTensor) else None
         loss_scale = _loss_scale(optimizer)
         if loss_scale is None:  # an overflow step: the optimizer will not move anything either
             self._clear_window()
@@ -512,6 +527,11 @@ class _GradientMark:
         grad = self._first(parameters)
         known = self._grad() if self._grad is not None else None
         return grad is known and (grad is None or grad._version == self._version)
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _tensors(output: Any) -> list[Tensor]:
