@@ -1,0 +1,71 @@
+"""Fine-tune a text classifier with ROSE, or plainly, and measure clean and robust accuracy.
+
+    python examples/train.py                                    # the embedded demo: plain, then ROSE, side by side
+    python examples/train.py --task sst2 --model_name_or_path roberta-base --output_dir runs/sst2
+    python examples/train.py --task sst2 --data_dir DATA --strategy ensemble --adapter lora --output_dir runs/lora
+    accelerate launch --config_file accelerate_configs/multi_gpu_ddp.yaml examples/train.py --task rte ...
+
+A run can be killed at any moment and continued with --resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from arguments import InputError, TrainArguments
+from data import TextData, load_text
+from run import train
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from rose_peft import RoseError
+
+
+def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
+    """Train plainly first and with the chosen strategy after it, into two folders beside each other."""
+    results = []
+    for strategy in dict.fromkeys(("none", args.strategy)):
+        folder = str(Path(args.output_dir) / ("plain" if strategy == "none" else strategy))
+        results.append(train(dataclasses.replace(args, strategy=strategy, output_dir=folder), text))
+    return results
+
+
+def table(results: list[dict[str, Any]], robust_name: str) -> str:
+    """Format runs side by side: clean and robust accuracy of the best epoch, and cost."""
+    lines = [f"{'strategy':14s} {'adapter':8s} {'clean':>8s} {robust_name:>9s} {'(95 %)':>16s} {'s/step':>8s} {'cost':>6s}"]
+    for result in results:
+        clean, robust = result["best"]["clean"], result["best"].get("robust")
+        seconds = result["timing"]["seconds_per_step"]
+        interval = f"{robust['low']:.1%} - {robust['high']:.1%}" if robust else ""
+        lines.append(
+            f"{result['method']:14s} {Path(result['adapter']).stem:8s} {clean['accuracy']:8.1%} "
+            f"{robust['accuracy'] if robust else float('nan'):9.1%} {interval:>16s} {seconds:8.3f} "
+            f"{seconds / results[0]['timing']['seconds_per_step']:5.1f}x"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and return the exit code: 0, or 2 after one line that says what to change."""
+    (args,) = HfArgumentParser(TrainArguments, description=TrainArguments.__doc__).parse_args_into_dataclasses(argv)
+    logging.set_verbosity_error()
+    try:
+        args.check()
+        with PartialState().main_process_first():  # the others find the data in the cache
+            text = load_text(args)
+        results = demo(args, text) if args.is_demo else [train(args, text)]
+    except (InputError, RoseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        print(f"\n{table(results, text.robust_name)}")
+        print(f"\nmodels, results.json and masks.png: {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""Labelled texts, and where the kit finds them: the hub, or local files with the same columns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, UnknownTaskError
+
+PathLike = str | os.PathLike[str]
+
+#: Columns in which annotated adversarial data say where an example came from, the most specific first.
+SOURCE_COLUMNS = ("method", "attack", "source", "data_construction")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Layout of one GLUE task, the same on the hub and in local files.
+
+    Args:
+        name: Name by which the kit knows the task.
+        text_columns: One column for single sentences, two for pairs.
+        label_names: Name of each label, in the order of the label numbers.
+        glue_config: Configuration of the hub data set `nyu-mll/glue`.
+        validation_split: Its labelled evaluation split.
+        adv_config: Configuration of the hub data set `AI-Secure/adv_glue`, or None without counterpart.
+    """
+
+    name: str
+    text_columns: tuple[str, ...]
+    label_names: tuple[str, ...]
+    glue_config: str
+    validation_split: str = "validation"
+    adv_config: str | None = None
+
+
+_ENTAILMENT = ("entailment", "neutral", "contradiction")
+_PARAPHRASE = ("not_equivalent", "equivalent")
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("sst2", ("sentence",), ("negative", "positive"), "sst2", adv_config="adv_sst2"),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), "qqp", adv_config="adv_qqp"),
+        Task("mnli", ("premise", "hypothesis"), _ENTAILMENT, "mnli", "validation_matched", "adv_mnli"),
+        Task(
+            "mnli-mm", ("premise", "hypothesis"), _ENTAILMENT, "mnli", "validation_mismatched", "adv_mnli_mismatched"
+        ),
+        Task("qnli", ("question", "sentence"), ("entailment", "not_entailment"), "qnli", adv_config="adv_qnli"),
+        Task("rte", ("sentence1", "sentence2"), ("entailment", "not_entailment"), "rte", adv_config="adv_rte"),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), "cola"),
+        Task("mrpc", ("sentence1", "sentence2"), _PARAPHRASE, "mrpc"),
+        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment"), "wnli"),
+    )
+}
+
+
+def get_task(name: str) -> Task:
+    """Look a task up by name.
+
+    Raises:
+        UnknownTaskError: If there is none of this name.
+    """
+    if name not in TASKS:
+        raise UnknownTaskError(
+            f"task={name!r} is unknown; the kit knows {', '.join(TASKS)}. "
+            "For other data name the file and its text columns instead."
+        )
+    return TASKS[name]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled texts, checked to be usable.
+
+    Args:
+        texts: One tuple per example with one text per column.
+        labels: Label number of each example, from 0.
+        columns: Names of the text columns, one or two.
+        label_names: Name of each label number, where known.
+        sources: What each example was made by (an attack's name), where the data say so.
+        indices: Position of each example in the data set it came from.
+        name: What to call the data in messages.
+
+    Raises:
+        DataError: If there is no example, one has no label, or the parts do not fit together.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: tuple[int, ...]
+    columns: tuple[str, ...] = ("text",)
+    label_names: tuple[str, ...] | None = None
+    sources: tuple[str, ...] | None = None
+    indices: tuple[int, ...] = ()
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise DataError(f"{self.name}: holds no examples; check the path, the split and any filter.")
+        if not 1 <= len(self.columns) <= 2:
+            raise DataError(f"{self.name}: text columns {self.columns}; name one column, or two for sentence pairs.")
+        if not self.indices:
+            object.__setattr__(self, "indices", tuple(range(len(self.texts))))
+        for part in ("labels", "sources", "indices"):
+            values = getattr(self, part)
+            if values is not None and len(values) != len(self.texts):
+                raise DataError(f"{self.name}: {len(values)} {part} for {len(self.texts)} texts; they must match.")
+        for position, text in enumerate(self.texts):
+            if len(text) != len(self.columns) or not all(isinstance(part, str) for part in text):
+                raise DataError(f"{self.name}: example {position} is {text!r}, not texts for {self.columns}.")
+        unlabelled = sum(label < 0 for label in self.labels)
+        if unlabelled:
+            raise DataError(
+                f"{self.name}: {unlabelled} of {len(self.labels)} examples have no label (a negative number); "
+                "use a labelled split, such as validation."
+            )
+        if self.label_names is not None and max(self.labels) >= len(self.label_names):
+            raise DataError(f"{self.name}: label {max(self.labels)} has no name among {self.label_names}.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, positions: Sequence[int]) -> Examples:
+        """Return the examples at these positions, in this order."""
+
+        def pick(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[position] for position in positions)
+
+        sources = None if self.sources is None else pick(self.sources)
+        return replace(
+            self, texts=pick(self.texts), labels=pick(self.labels), indices=pick(self.indices), sources=sources
+        )
+
+    def sample(self, size: int | None, seed: int = 0) -> Examples:
+        """Return a random sample without replacement; the same seed and data give the same sample.
+
+        Args:
+            size: Number of examples; None or more than there are takes all of them.
+            seed: Seed of the choice.
+
+        Raises:
+            DataError: If the size is not positive.
+        """
+        if size is None or size >= len(self):
+            return self
+        if size < 1:
+            raise DataError(f"num_examples={size}: must be positive; leave it out to take all {len(self)}.")
+        return self.select(sorted(random.Random(seed).sample(range(len(self)), size)))
+
+    def fingerprint(self) -> str:
+        """Return a short digest of texts, labels and positions."""
+        content = json.dumps([self.texts, self.labels, self.columns, self.indices], ensure_ascii=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def examples_from_columns(
+    table: Mapping[str, Sequence[Any]],
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+    name: str = "data",
+) -> Examples:
+    """Build examples from a table given column by column (a `datasets.Dataset` or a `pandas.DataFrame` is one).
+
+    Args:
+        table: Column name -> values.
+        text_columns: Names of one or two text columns.
+        label_column: Name of the column with label numbers, or with label names.
+        label_names: Name of each label number. Needed where the labels are names.
+        name: What to call the data in messages.
+
+    Raises:
+        DataError: If a column is missing, or the examples cannot be used (see `Examples`).
+    """
+    present = list(getattr(table, "column_names", None) or table)
+    for column in (*text_columns, label_column):
+        if column not in present:
+            what = "has no labels" if column == label_column else "lacks a text column"
+            raise DataError(f"{name}: {what}: no column {column!r} among {present}; name the right one.")
+    raw_labels = list(table[label_column])
+    names = None if label_names is None else tuple(label_names)
+    labels = [_label_number(label, names, name, label_column) for label in raw_labels]
+    source_column = next((column for column in SOURCE_COLUMNS if column in present), None)
+    return Examples(
+        texts=tuple(zip(*(table[column] for column in text_columns), strict=True)),
+        labels=tuple(labels),
+        columns=tuple(text_columns),
+        label_names=names,
+        sources=None if source_column is None else tuple(map(str, table[source_column])),
+        name=name,
+    )
+
+
+def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: str) -> int:
+    if label is None or label != label:  # NaN is how tables mark a missing number
+        return -1
+    if isinstance(label, str):
+        if names is None or label not in names:
+            known = "no label names are given" if names is None else f"the label names are {list(names)}"
+            raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
+        return names.index(label)
+    if int(label) != label:
+        raise DataError(f"{name}: {column}={label!r} is no class; scores (regression) cannot be evaluated here.")
+    return int(label)
+
+
+def load_file(
+    path: PathLike,
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+    key: str | None = None,
+) -> Examples:
+    """Load examples from one Parquet, CSV, TSV, JSON or JSON-lines file.
+
+    Args:
+        path: The file; its ending decides the format. JSON is a list of records, or an object of such lists by `key`
+            (the layout in which AdvGLUE is published).
+        text_columns: Names of one or two text columns.
+        label_column: Name of the label column.
+        label_names: Name of each label number, where known.
+        key: Which list to take from a JSON object of lists.
+
+    Raises:
+        DataError: If the file is missing, unreadable, or not laid out like this.
+    """
+    import pandas
+
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the folder and the split.")
+    readers = {
+        ".parquet": pandas.read_parquet,
+        ".csv": pandas.read_csv,
+        ".tsv": lambda file: pandas.read_csv(file, sep="\t"),
+        ".jsonl": lambda file: pandas.read_json(file, lines=True),
+        ".json": lambda file: _read_json(file, key),
+    }
+    if path.suffix not in readers:
+        raise DataError(f"{path}: files end in {', '.join(readers)} here, not in {path.suffix!r}.")
+    try:
+        table = readers[path.suffix](path)
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error)}).") from error
+    return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
+
+
+def _read_json(path: Path, key: str | None) -> Any:
+    import pandas
+
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        if key not in content:
+            raise KeyError(f"no list {key!r} among {sorted(content)}")
+        content = content[key]
+    return pandas.DataFrame.from_records(content)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def load_hub(
+    repository: str,
+    config: str | None,
+    split: str,
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+) -> Examples:
+    """Load examples from a data set on the Hugging Face hub.
+
+    Args:
+        repository: Name of the data set, such as `nyu-mll/glue`.
+        config: Its configuration, such as `sst2`.
+        split: Its split.
+        text_columns: Names of one or two text columns.
+        label_column: Name of the label column.
+        label_names: Name of each label number, where known.
+
+    Raises:
+        DataError: If the data set cannot be fetched, or is not laid out like this.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(repository, config, split=split)
+    except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
+        raise DataError(
+            f"{repository}/{config}: not available from the hub ({_first_line(error)}); "
+            "give the folder of local files instead."
+        ) from error
+    return examples_from_columns(table, text_columns, label_column, label_names, name=f"{repository}/{config}/{split}")
+
+
+def load_glue(task: str, data_dir: PathLike | None = None, split: str | None = None) -> Examples:
+    """Load a GLUE task, by default its labelled evaluation split.
+
+    Args:
+        task: Name of the task.
+        data_dir: Folder with `glue/<task>/<split>.parquet` (or another ending that `load_file` reads); None for the
+            hub.
+        split: Another split.
+
+    Raises:
+        UnknownTaskError: If there is no such task.
+        DataError: If the data cannot be used.
+    """
+    layout = get_task(task)
+    split = split or layout.validation_split
+    if data_dir is None:
+        return load_hub("nyu-mll/glue", layout.glue_config, split, layout.text_columns, label_names=layout.label_names)
+    path = _find(Path(data_dir) / "glue" / layout.glue_config, (split,))
+    return load_file(path, layout.text_columns, label_names=layout.label_names)
+
+
+def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
+    """Load the labelled (development) part of AdvGLUE (Wang et al. 2021, https://arxiv.org/abs/2111.02840).
+
+    Args:
+        task: Name of the task.
+        data_dir: Folder with `adv_glue/adv_<task>/validation.parquet`, or with `adv_glue/dev.json` as AdvGLUE
+            publishes it; None for the hub.
+
+    Raises:
+        UnknownTaskError: If the task is unknown or AdvGLUE has no counterpart of it.
+        DataError: If the data cannot be used.
+    """
+    layout = get_task(task)
+    if layout.adv_config is None:
+        covered = [known.name for known in TASKS.values() if known.adv_config]
+        raise UnknownTaskError(f"task={task!r} has no AdvGLUE counterpart; AdvGLUE covers {', '.join(covered)}.")
+    if data_dir is None:
+        return load_hub(
+            "AI-Secure/adv_glue", layout.adv_config, "validation", layout.text_columns, label_names=layout.label_names
+        )
+    folder = Path(data_dir) / "adv_glue"
+    if (folder / "dev.json").is_file() and not (folder / layout.adv_config).is_dir():
+        return load_file(folder / "dev.json", layout.text_columns, label_names=layout.label_names, key=task)
+    path = _find(folder / layout.adv_config, ("validation", "dev"))
+    return load_file(path, layout.text_columns, label_names=layout.label_names)
+
+
+def _find(folder: Path, stems: Iterable[str]) -> Path:
+    names = [f"{stem}{ending}" for stem in stems for ending in (".parquet", ".jsonl", ".json", ".csv", ".tsv")]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(f"{folder}: holds none of {', '.join(names)}; check the data folder, or leave it out for the hub.")

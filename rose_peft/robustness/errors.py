@@ -1,0 +1,37 @@
+"""Every error the evaluation kit raises on purpose: one line that names the field, its value, and the way out."""
+
+
+class RobustnessError(ValueError):
+    """Base of all errors of the kit, for users who want to catch any of them."""
+
+
+class DataError(RobustnessError):
+    """A data set is missing, empty, unlabelled, or not laid out as asked for."""
+
+
+class LabelMismatchError(RobustnessError):
+    """The labels of the data and the classes of the model are not the same set."""
+
+
+class UnknownTaskError(RobustnessError):
+    """No task of this name, or none with what was asked for."""
+
+
+class ModelError(RobustnessError):
+    """The model or tokenizer cannot be evaluated as a classifier of text."""
+
+
+class MissingResourceError(RobustnessError):
+    """A package, word list or model that the evaluation needs is not on this machine."""
+
+
+class UnknownRecipeError(RobustnessError):
+    """No attack recipe of this name."""
+
+
+class ResumeError(RobustnessError):
+    """Records of an earlier run cannot be continued by this one."""
+
+
+class ResultFileError(RobustnessError):
+    """A result file is truncated, or was not written by this version of the kit."""

@@ -1,0 +1,367 @@
+"""A stress test without a search: accuracy on texts with typos, homoglyphs, synonyms and the like.
+
+The rate is the share of words that are hit. Which words are hit, and how, depends on the seed, the kind and the
+example only, never on the model: every model compared reads the same noisy texts, and the words hit at a low rate are
+among those hit at a higher one, so that a curve over rates shows the strength and not the luck of the draw.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .data import Examples
+from .errors import MissingResourceError, RobustnessError
+from .predict import Predictor
+from .results import Figure, share_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+DEFAULT_RATES = (0.05, 0.1, 0.2, 0.4)
+
+_KEYS = "qwertyuiopasdfghjklzxcvbnm"
+# In the order of _KEYS, the keys that a finger hits by mistake.
+_BESIDE = "wa qes wrd etf ryg tuh yij uok ipl ol qsz adwx sfec dgrv fhtb gjyn hkum jli kop xas zcsd xvf cbg vnh bmj nk"
+_NEIGHBOURS = dict(zip(_KEYS, _BESIDE.split(), strict=True))
+# Cyrillic letters that most fonts draw like the Latin one (Unicode TR 39 calls them confusable).
+_HOMOGLYPHS = dict(
+    zip(
+        "aceijopsxyhABCEHIKMOPTX",
+        "\u0430\u0441\u0435\u0456\u0458\u043e\u0440\u0455\u0445\u0443\u04bb"
+        "\u0410\u0412\u0421\u0415\u041d\u0406\u041a\u041c\u041e\u0420\u0422\u0425",
+        strict=True,
+    )
+)
+
+_WORD = re.compile(r"\S+")
+
+
+def _typo(word: str, draw: random.Random) -> str | None:
+    """Replace a letter by its neighbour on a QWERTY keyboard."""
+    places = [place for place, letter in enumerate(word) if letter.lower() in _NEIGHBOURS]
+    if not places:
+        return None
+    place = draw.choice(places)
+    letter = draw.choice(_NEIGHBOURS[word[place].lower()])
+    return word[:place] + (letter.upper() if word[place].isupper() else letter) + word[place + 1 :]
+
+
+def _swap(word: str, draw: random.Random) -> str | None:
+    """Exchange two letters side by side."""
+    places = [
+        place
+        for place in range(len(word) - 1)
+        if word[place].isalpha() and word[place + 1].isalpha() and word[place] != word[place + 1]
+    ]
+    if not places:
+        return None
+    place = draw.choice(places)
+    return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
+
+
+def _delete(word: str, draw: random.Random) -> str | None:
+    """Leave a letter out; words of a single letter stay."""
+    places = [place for place, letter in enumerate(word) if letter.isalpha()]
+    if len(places) < 2:
+        return None
+    place = draw.choice(places)
+    return word[:place] + word[place + 1 :]
+
+
+def _homoglyph(word: str, draw: random.Random) -> str | None:
+    """Replace a letter by one of another script that looks the same."""
+    places = [place for place, letter in enumerate(word) if letter in _HOMOGLYPHS]
+    if not places:
+        return None
+    place = draw.choice(places)
+    return word[:place] + _HOMOGLYPHS[word[place]] + word[place + 1 :]
+
+
+def _case(word: str, draw: random.Random) -> str | None:
+    """Turn a word into capitals, or one in capitals into small letters."""
+    changed = word.lower() if word.isupper() else word.upper()
+    return changed if changed != word else None
+
+
+def _space(word: str, draw: random.Random) -> str | None:
+    """Break a word in two."""
+    places = [place for place in range(1, len(word)) if word[place - 1].isalnum() and word[place].isalnum()]
+    if not places:
+        return None
+    place = draw.choice(places)
+    return f"{word[:place]} {word[place:]}"
+
+
+def _synonym(word: str, draw: random.Random) -> str | None:
+    """Replace a word by a synonym from WordNet, in its most frequent sense that has one."""
+    core = re.search(r"[A-Za-z]+(?:['-][A-Za-z]+)*", word)
+    if core is None or core.group().lower() in _stopwords():
+        return None
+    found = _synonyms(core.group().lower())
+    if not found:
+        return None
+    choice = draw.choice(found)
+    if core.group().isupper() and len(core.group()) > 1:
+        choice = choice.upper()
+    elif core.group()[0].isupper():
+        choice = choice.capitalize()
+    return word[: core.start()] + choice + word[core.end() :]
+
+
+Edit = Callable[[str, random.Random], "str | None"]
+KINDS: dict[str, Edit] = {
+    "typos": _typo,
+    "swaps": _swap,
+    "deletions": _delete,
+    "homoglyphs": _homoglyph,
+    "casing": _case,
+    "whitespace": _space,
+    "synonyms": _synonym,
+}
+
+
+@lru_cache(maxsize=1)
+def _stopwords() -> frozenset[str]:
+    from nltk.corpus import stopwords
+
+    return frozenset(stopwords.words("english"))
+
+
+@lru_cache(maxsize=65536)
+def _synonyms(word: str) -> tuple[str, ...]:
+    """Return single-word synonyms of the word's first sense that has any, in a fixed order."""
+    from nltk.corpus import wordnet
+
+    for sense in wordnet.synsets(word):
+        names = {name for name in sense.lemma_names() if name.isalpha() and name.lower() != word}
+        # Inflected forms of the same word are no synonyms ("goes" for "went").
+        names = {name for name in names if wordnet.morphy(word, sense.pos()) != name.lower()}
+        if names:
+            return tuple(sorted(names))
+    return ()
+
+
+def missing_for(kind: str) -> str | None:
+    """Return what a kind of noise needs and this machine lacks, or None if it can run.
+
+    Raises:
+        RobustnessError: If there is no such kind.
+    """
+    if kind not in KINDS:
+        raise RobustnessError(f"kind={kind!r} is unknown; the kit knows {', '.join(KINDS)}.")
+    if kind != "synonyms":
+        return None
+    from .resources import NLTK_STOPWORDS, NLTK_WORDNET
+
+    return next((what.lack() for what in (NLTK_WORDNET, NLTK_STOPWORDS) if what.lack()), None)
+
+
+def add_noise(text: str, kind: str, rate: float, seed: int = 0, example: int = 0) -> str:
+    """Hit about `rate` of the words of a text with one edit each; spaces between words stay as they are.
+
+    Args:
+        text: The text. Words are what stands between spaces.
+        kind: One of `KINDS`.
+        rate: Chance of each word to be hit, 0 to 1. Words that the kind cannot change (a number, for typos) stay.
+        seed: Seed of the noise.
+        example: Number of the example, so that equal texts get different noise.
+
+    Returns:
+        The noisy text, the same for the same arguments on every machine.
+
+    Raises:
+        RobustnessError: If the kind or the rate is not possible.
+        MissingResourceError: If the kind needs word lists that are not there.
+    """
+    lack = missing_for(kind)
+    if lack:
+        raise MissingResourceError(f"noise {kind!r} needs {lack}")
+    if not 0 <= rate <= 1:
+        raise RobustnessError(f"rate={rate}: is a share of words and must lie between 0 and 1.")
+    return _noisy(text, KINDS[kind], rate, f"{seed}/{kind}/{example}")
+
+
+def _noisy(text: str, edit: Edit, rate: float, key: str) -> str:
+    # Seeding by a string is stable across processes and versions; hash() of a string is not.
+    threshold = random.Random(key)
+    parts = []
+    end = 0
+    for number, match in enumerate(_WORD.finditer(text)):
+        parts.append(text[end : match.start()])
+        end = match.end()
+        hit = threshold.random() < rate
+        # A draw of its own for each word: what happens to it does not depend on which others are hit.
+        changed = edit(match.group(), random.Random(f"{key}/{number}")) if hit else None
+        parts.append(match.group() if changed is None else changed)
+    return "".join(parts) + text[end:]
+
+
+@dataclass(frozen=True)
+class NoiseResult:
+    """Accuracies of one model under noise, each a fraction with its 95 % Wilson interval.
+
+    Args:
+        clean: Accuracy without noise.
+        noisy: Kind of noise -> rate -> accuracy.
+        changed: Kind of noise -> rate -> share of texts that the noise changed at all.
+        unavailable: Kind that could not run -> what it needs.
+    """
+
+    clean: Figure
+    noisy: dict[str, dict[float, Figure]]
+    changed: dict[str, dict[float, float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Figure]:
+        """Return the figures under the names that result files use, with the mean over all kinds and rates."""
+        found = {"clean/accuracy": self.clean}
+        values = []
+        for kind, by_rate in self.noisy.items():
+            for rate, figure in by_rate.items():
+                found[f"noise/{kind}@{rate:g}/accuracy"] = figure
+                values.append(figure.value)
+        present = [value for value in values if value is not None]
+        # Without interval: the same texts under several kinds of noise are not independent.
+        found["noise/mean/accuracy"] = Figure(sum(present) / len(present) if present else None)
+        return found
+
+
+def evaluate_noise(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Examples,
+    *,
+    kinds: Sequence[str] | None = None,
+    rates: Sequence[float] = DEFAULT_RATES,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> NoiseResult:
+    """Measure accuracy under each kind of noise at each rate, over all examples.
+
+    Both sentences of a pair get noise. On models that read no capitals, casing has no effect and shows the clean
+    accuracy.
+
+    Args:
+        model: Any classifier or `PeftModel` of one.
+        tokenizer: Its tokenizer.
+        examples: The data, usually a whole validation set.
+        kinds: Some of `KINDS`; None for all. One whose word lists are missing is reported and the others run.
+        rates: Shares of words to hit, each above 0 and at most 1.
+        seed: Seed of the noise.
+        progress: Show a progress bar.
+        options: Passed to `Predictor`: batch_size, max_length, bf16.
+
+    Raises:
+        RobustnessError: If a kind is unknown or a rate out of range.
+        LabelMismatchError: If the model's classes are not the data's labels.
+        MissingResourceError: If no kind asked for can run.
+    """
+    from tqdm.auto import tqdm
+
+    chosen = list(KINDS if kinds is None else kinds)
+    for rate in rates:
+        if not 0 < rate <= 1:
+            raise RobustnessError(f"rate={rate}: is a share of words and must lie above 0 and at most at 1.")
+    unavailable = {kind: lack for kind in chosen if (lack := missing_for(kind)) is not None}
+    runnable = [kind for kind in chosen if kind not in unavailable]
+    if not runnable:
+        raise MissingResourceError(
+            "no kind of noise can run: " + "; ".join(unavailable.values() or ["none was named."])
+        )
+    predictor = Predictor.for_examples(model, tokenizer, examples, **options)
+    clean = share_figure(predictor.correct(examples))
+    noisy: dict[str, dict[float, Figure]] = {kind: {} for kind in runnable}
+    changed: dict[str, dict[float, float]] = {kind: {} for kind in runnable}
+    settings = [(kind, rate) for kind in runnable for rate in rates]
+    for kind, rate in tqdm(settings, desc="noise", disable=not progress):
+        texts = [
+            tuple(
+                _noisy(part, KINDS[kind], rate, f"{seed}/{kind}/{index}/{column}") for column, part in enumerate(text)
+            )
+            for index, text in zip(examples.indices, examples.texts, strict=True)
+        ]
+        guesses = predictor.classes(texts)
+        noisy[kind][rate] = share_figure([a == b for a, b in zip(guesses, examples.labels, strict=True)])
+        different = sum(after != before for after, before in zip(texts, examples.texts, strict=True))
+        changed[kind][rate] = different / len(texts)
+    return NoiseResult(clean, noisy, changed, unavailable)
+
+
+def plot_noise(results: Mapping[str, NoiseResult], path: str | os.PathLike[str] | None = None) -> Picture:
+    """Draw accuracy against the rate of noise, one panel per kind, one line per model.
+
+    Args:
+        results: Name of each model -> its result.
+        path: Where to save the picture; its ending decides the format. None does not save it.
+
+    Raises:
+        RobustnessError: If there is nothing to draw.
+    """
+    curves = {
+        name: {kind: {0.0: result.clean, **by_rate} for kind, by_rate in result.noisy.items()}
+        for name, result in results.items()
+    }
+    return plot_curves(curves, path)
+
+
+def plot_curves(
+    curves: Mapping[str, Mapping[str, Mapping[float, Figure]]], path: str | os.PathLike[str] | None = None
+) -> Picture:
+    """Draw noise curves: model -> kind -> rate -> accuracy, with a band where a figure has bounds.
+
+    Raises:
+        RobustnessError: If there is nothing to draw.
+    """
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import PercentFormatter
+
+    kinds = _in_order(kind for by_kind in curves.values() for kind in by_kind)
+    if not kinds:
+        raise RobustnessError("curves are empty: there is no noise result to plot.")
+    columns = min(4, len(kinds))
+    rows = -(-len(kinds) // columns)
+    figure = Canvas(figsize=(max(6.5, 3.1 * columns), 2.7 * rows + 1.3), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, kind in zip(panels, kinds, strict=False):
+        for number, (name, by_kind) in enumerate(curves.items()):
+            points = sorted((r, f) for r, f in by_kind.get(kind, {}).items() if f.value is not None)
+            if not points:
+                continue
+            rates = [rate for rate, _ in points]
+            color = f"C{number % 10}"
+            axes.plot(rates, [f.value for _, f in points], marker="o", markersize=3, color=color, label=name)
+            low = [f.value if f.low is None else f.low for _, f in points]
+            high = [f.value if f.high is None else f.high for _, f in points]
+            axes.fill_between(rates, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.set_title(kind, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_tick_params(labelbottom=True)
+    for axes in list(figure.axes)[len(kinds) :]:
+        axes.set_visible(False)
+    figure.suptitle("Accuracy under noise")
+    figure.supxlabel("share of words hit", fontsize=10)
+    figure.supylabel("accuracy", fontsize=10)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=9)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(names))

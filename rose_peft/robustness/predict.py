@@ -1,0 +1,201 @@
+"""Batched prediction with any classifier: evaluation mode, no gradients, padding only to the longest of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Examples
+from .errors import ModelError
+from .labels import label_order
+
+#: A single sentence, or the sentences of a pair.
+Text = str | Sequence[str]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each of its modules back into its own mode afterwards.
+
+    Modules need not agree: a frozen backbone is often in evaluation mode under a head in training mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device on which the model takes its inputs."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def longest_input(tokenizer: Any, config: Any) -> int:
+    """Return the longest input, in tokens, that both the tokenizer and the model's positions allow; at most 512.
+
+    Without a limit anywhere one overlong text would decide the memory of its whole batch, hence the 512.
+    """
+    limits = [512]
+    # Tokenizers without a limit of their own carry a huge number.
+    if 0 < getattr(tokenizer, "model_max_length", 0) < 1_000_000:
+        limits = [int(tokenizer.model_max_length)]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 2:
+        # RoBERTa-like models count positions from the padding index on, so two of the table cannot be used.
+        reserved = 2 if getattr(config, "model_type", "") in _OFFSET_POSITIONS else 0
+        limits.append(positions - reserved)
+    return min(limits)
+
+
+_OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+    "roberta-prelayernorm",
+}
+
+
+class Predictor:
+    """A model and its tokenizer as one function from texts to class scores.
+
+    Args:
+        model: Any `transformers` classifier or `PeftModel` of one, on any device, in any precision.
+        tokenizer: Its tokenizer.
+        batch_size: Texts per forward pass.
+        max_length: Longest input in tokens; longer ones are truncated. None for what tokenizer and model allow.
+        bf16: Run the forward passes under bfloat16 autocast.
+        order: Class index of each label number (see `label_order`); None keeps the model's order.
+
+    Raises:
+        ModelError: If the tokenizer cannot pad.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        batch_size: int = 64,
+        max_length: int | None = None,
+        bf16: bool = False,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ModelError(f"batch_size={batch_size}: must be at least 1.")
+        if getattr(tokenizer, "pad_token", None) is None:
+            raise ModelError(
+                "tokenizer.pad_token is not set, so texts cannot be batched; set it (often to eos_token) and "
+                "model.config.pad_token_id with it."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.config = getattr(model, "config", None)
+        if max_length is not None and max_length < 1:
+            raise ModelError(f"max_length={max_length}: must be at least 1 token; leave it out for the model's own.")
+        self.max_length = max_length or longest_input(tokenizer, self.config)
+        self.bf16 = bf16
+        self.order = None if order is None else list(order)
+
+    @classmethod
+    def for_examples(cls, model: nn.Module, tokenizer: Any, examples: Examples, **options: Any) -> Predictor:
+        """Make a predictor whose scores are in the order of the data's label numbers.
+
+        Raises:
+            LabelMismatchError: If the model's classes are not the data's labels.
+            ModelError: If the tokenizer cannot pad.
+        """
+        return cls(model, tokenizer, order=label_order(getattr(model, "config", None), examples), **options)
+
+    def encode(self, texts: Sequence[Text]) -> dict[str, Tensor]:
+        """Tokenize texts into one padded batch of shape `[texts, tokens]` on the CPU."""
+        columns = _columns(texts)
+        return dict(
+            self.tokenizer(*columns, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Run the model on one batch as it is (no mode, no gradient setting) and return float32 logits on its device.
+
+        Args:
+            batch: Tensors of shape `[texts, tokens]` on any device.
+
+        Returns:
+            Logits of shape `[texts, classes]`, in the order of the labels.
+
+        Raises:
+            ModelError: If the output has no such logits.
+        """
+        device = model_device(self.model)
+        with self._precision(device):
+            output = self.model(**{name: value.to(device) for name, value in batch.items()})
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise ModelError(
+                f"{type(self.model).__name__} returned {type(output).__name__} without logits of shape "
+                "[texts, classes]; load it with a sequence classification head."
+            )
+        logits = logits.float()
+        return logits if self.order is None else logits[:, self.order]
+
+    def __call__(self, texts: Sequence[Text]) -> Tensor:
+        """Score texts.
+
+        Args:
+            texts: Sentences, or pairs of sentences.
+
+        Returns:
+            Logits, float32 on the CPU, of shape `[texts, classes]`, in the order of the texts.
+        """
+        if not len(texts):
+            raise ModelError("texts is empty; there is nothing to predict.")
+        # Texts of similar length side by side need the least padding.
+        by_length = sorted(range(len(texts)), key=lambda position: _length(texts[position]))
+        if len(texts) <= self.batch_size:
+            by_length = list(range(len(texts)))
+        scores: Tensor | None = None
+        with evaluating(self.model), torch.no_grad():
+            for start in range(0, len(texts), self.batch_size):
+                positions = by_length[start : start + self.batch_size]
+                logits = self.forward(self.encode([texts[position] for position in positions])).cpu()
+                if scores is None:
+                    scores = logits.new_empty(len(texts), logits.shape[1])
+                scores[positions] = logits
+        assert scores is not None
+        return scores
+
+    def classes(self, texts: Sequence[Text]) -> list[int]:
+        """Return the label number of the highest score of each text."""
+        return self(texts).argmax(dim=1).tolist()
+
+    def correct(self, examples: Examples) -> list[bool]:
+        """Return for each example whether its label has the highest score."""
+        predicted = self.classes(examples.texts)
+        return [guess == label for guess, label in zip(predicted, examples.labels, strict=True)]
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
+
+
+def _length(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _columns(texts: Sequence[Text]) -> list[list[str]]:
+    """Turn texts into one list per column, which is what tokenizers take."""
+    rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or not widths <= {1, 2}:
+        raise ModelError(f"texts mix {sorted(widths)} sentences per example; pass single sentences or pairs only.")
+    return [list(column) for column in zip(*rows, strict=True)]
