@@ -36,8 +36,10 @@ STATE_KEY = "rose"
 FOREIGN_STEPS = 20
 # Optimizer steps in a row whose risk passes say nothing (not finite, or both outputs equal although there is dropout).
 IDLE_STEPS = 50
-FP16_SCALE = 2.0**16
-MAX_FP16_SCALE = 2.0**24
+# The risk scale keeps half-precision divergence gradients from flushing to zero. It is there for every dtype, because
+# a hook cannot see an autocast around `forward` alone (as Accelerate makes it); powers of two cost no precision.
+MAX_RISK_SCALE = 2.0**24
+RISK_SCALE_GROWTH_STEPS = 200
 
 _live: weakref.WeakSet[RoseSelector] = weakref.WeakSet()
 _optimizer_hooks: list[Any] = []
@@ -248,7 +250,7 @@ class RoseSelector:
             self._counts = self._counts * alive
 
     def _accumulate_risk(self, parameters: list[tuple[int, Tensor]], value: Tensor, equal: Tensor) -> None:
-        scale = self._risk_scale(value, parameters)
+        scale = float(self.state.risk_scale)
         gradients = torch.autograd.grad(
             value * scale, [param for _, param in parameters], retain_graph=True, allow_unused=True
         )
@@ -269,16 +271,6 @@ class RoseSelector:
         square_sums = torch.where(finite, square_sums, torch.zeros_like(square_sums))
         self._square_sum = square_sums if self._square_sum is None else self._square_sum + square_sums
         self._counts = counts if self._counts is None else self._counts + counts
-
-    def _risk_scale(self, value: Tensor, parameters: list[tuple[int, Tensor]]) -> float:
-        """Scale that keeps half-precision divergence gradients from flushing to zero; the ranking does not see it."""
-        device = value.device.type
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if not half and not any(param.dtype == torch.float16 for _, param in parameters):
-            return 1.0
-        if float(self.state.risk_scale) == 1.0:
-            self.state.risk_scale.fill_(FP16_SCALE)
-        return float(self.state.risk_scale)
 
     def _per_unit(self, tensors: list[tuple[int, Tensor]], device: torch.device) -> Tensor:
         """Sum squared norms per unit in a fixed order: float64 [U]."""
@@ -318,19 +310,20 @@ class RoseSelector:
         masks = self._masks(optimizer, groups, stepping, loss_scale)
         names = [unit.name for unit in self.units]
         distributed.check_equal_on_ranks(names, masks, stepping[0][1].device)
-        step = MaskedStep()
+        self._stepped_gradient.put(stepping)
+        step = MaskedStep(optimizer)
         shares, rests = masks.tolist(), (1 - masks).tolist()
-        for index, param in stepping:
-            if shares[index] < 1:
+        try:
+            for index, param in stepping:
                 rule = momentum_rule(optimizer, groups[id(param)])
-                momentum = momentum_of(optimizer, param, rule) if rule is not None else None
-                stationary = rule.stationary * loss_scale if rule is not None else 0.0
-                step.blend(param, shares[index], rests[index], momentum, stationary)
+                step.blend(param, shares[index], rests[index], rule, loss_scale)
+        except UnsupportedOptimizerError:
+            step.give_back()
+            raise
         self._pending = (optimizer, step)
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient.put(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
@@ -491,9 +484,10 @@ class RoseSelector:
 
     def _notice_idle_step(self, finite: float, skipped: float, equal: float) -> None:
         self.state.skipped.add_(int(skipped))
-        scale = self.state.risk_scale
-        if float(scale) != 1.0:
-            scale.copy_((scale / 2).clamp(min=2.0) if skipped else (scale * 1.005).clamp(max=MAX_FP16_SCALE))
+        if skipped:
+            self.state.risk_scale.div_(2).clamp_(min=1.0)
+        elif int(self.state.steps) % RISK_SCALE_GROWTH_STEPS == RISK_SCALE_GROWTH_STEPS - 1:
+            self.state.risk_scale.mul_(2).clamp_(max=MAX_RISK_SCALE)
         passes = finite + skipped
         if passes == 0:
             return
