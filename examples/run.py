@@ -130,7 +130,7 @@ def build_model(args: TrainArguments, labels: list[str]) -> tuple[nn.Module, Pre
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model_name_or_path={name!r} cannot be loaded ({reason}); pass a hub name that can be reached, or a folder."
+            f"model_name_or_path={name!r} cannot be loaded ({reason}); pass a name that the hub has, or a folder."
         ) from error
     peft_config = adapter_config(args.adapter)
     if args.strategy == "none":
