@@ -87,10 +87,14 @@ def open_run(folder: Path, options: dict[str, Any], resume: bool, overwrite: boo
     note = folder / "run.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={str(folder)!r} is a file; pass another folder.")
-    if note.exists() and overwrite:
-        shutil.rmtree(folder)
-    elif note.exists() and resume:
+    if folder.is_dir():
         recover(folder)
+    if note.exists() and overwrite:
+        trash = folder.with_name(folder.name + OLD)  # renamed first: a run that is half deleted looks like no run
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
+    elif note.exists() and resume:
         saved = json.loads(note.read_text(encoding="utf-8"))
         for name, value in options.items():
             if saved.get(name) != value:

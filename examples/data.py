@@ -132,7 +132,11 @@ def _hub(path: str, name: str, split: str) -> Dataset:
 
 
 def _check_columns(split: str, data: Dataset, columns: tuple[str, str | None], label_column: str) -> None:
-    for option, column in (("text_column", columns[0]), ("text_pair_column", columns[1]), ("label_column", label_column)):
+    for option, column in (
+        ("text_column", columns[0]),
+        ("text_pair_column", columns[1]),
+        ("label_column", label_column),
+    ):
         if column is not None and column not in data.column_names:
             raise InputError(
                 f"{option}={column!r} is not a column of the {split} data, which has {', '.join(data.column_names)}."

@@ -122,12 +122,15 @@ def build_model(args: TrainArguments, labels: list[str]) -> tuple[nn.Module, Pre
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}
+            name,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={n: i for i, n in enumerate(labels)},
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"model_name_or_path={name!r} cannot be loaded ({reason}); pass a hub name that can be reached, or a folder."
+            f"model_name_or_path={name!r} cannot be loaded ({reason}); pass a name that the hub has, or a folder."
         ) from error
     peft_config = adapter_config(args.adapter)
     if args.strategy == "none":
@@ -220,9 +223,8 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         _load(accelerator, checkpoint)
 
     selector = get_selector(model) if args.strategy != "none" else None
-    set_seed_once = progress.step == 0
-    if set_seed_once:
-        set_seed(args.seed)  # the same draws whatever building the model has used up
+    if progress.step == 0:
+        set_seed(args.seed)  # the same dropout whatever building the model has drawn
     bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=args.strategy)
     while progress.epoch < args.epochs:
         sampler.epoch = progress.epoch
@@ -304,9 +306,7 @@ def _load(accelerator: Accelerator, path: Path) -> None:
         ) from error
 
 
-def _save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
-) -> None:
+def _save_model(accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     state = accelerator.get_state_dict(model)
     with whole_folder(path, accelerator) as aside:
         accelerator.unwrap_model(model).save_pretrained(

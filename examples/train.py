@@ -36,7 +36,9 @@ def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
 
 def table(results: list[dict[str, Any]], robust_name: str) -> str:
     """Format runs side by side: clean and robust accuracy of the best epoch, and cost."""
-    lines = [f"{'strategy':14s} {'adapter':8s} {'clean':>8s} {robust_name:>9s} {'(95 %)':>16s} {'s/step':>8s} {'cost':>6s}"]
+    lines = [
+        f"{'strategy':14s} {'adapter':8s} {'clean':>8s} {robust_name:>9s} {'(95 %)':>16s} {'s/step':>8s} {'cost':>6s}"
+    ]
     for result in results:
         clean, robust = result["best"]["clean"], result["best"].get("robust")
         seconds = result["timing"]["seconds_per_step"]
