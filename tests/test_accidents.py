@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rose_peft import ROSEConfig, attach_rose, selection
+from rose_peft import ROSEConfig, RoseInactiveError, attach_rose, selection
 from rose_peft.divergence import output_divergence
 from tests import reference
 from tests.test_update import Blocks, set_gradients, weights
@@ -116,6 +116,46 @@ def test_11_a_missing_gradient_does_not_shift_the_mask():
     shifted = published_positions(published, has_gradient)
     right = [kept > 0 and present for kept, present in zip(published, has_gradient, strict=True)]
     assert shifted != right  # the same mask by name would have been another update
+    selector.detach()
+
+
+class SidePath(DropoutBlocks):
+    """The last blocks serve an auxiliary loss only, so the logits do not depend on them."""
+
+    aside = 1
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        cut = len(self.layers) - self.aside
+        for layer in self.layers[:cut]:
+            x = nn.functional.dropout(layer(x), 0.3, training=self.training)
+        side = x
+        for layer in self.layers[cut:]:
+            side = layer(side)
+        return {"loss": self.head(x).square().sum() + side.square().sum(), "logits": self.head(x)}
+
+
+def test_11_a_unit_that_the_divergence_does_not_reach_is_kept_and_not_ranked():
+    model = SidePath(depth=5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", upper_quantile=0.7))
+    torch.manual_seed(3)
+    model(torch.randn(8, 3, dtype=torch.float64))["loss"].backward()
+    optimizer.step()
+    scores = selector.state.first_scores.tolist()
+    assert scores[4] == 0 and min(scores[:4]) > 0
+    assert selector.state.last_mask.tolist() == [*reference.band(scores[:4], 0.0, 0.7)[0], 1.0]
+    # The published rule would have ranked it as the most robust one, and moved the threshold for the others.
+    assert reference.published_band(scores, 0.0, 0.7)[0] != selector.state.last_mask.tolist()
+    selector.detach()
+
+
+def test_11_most_units_unreached_is_an_error():
+    model = SidePath(depth=5)
+    model.aside = 3
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", upper_quantile=0.5))
+    model(torch.randn(8, 3, dtype=torch.float64))["loss"].backward()
+    with pytest.raises(RoseInactiveError, match=r"3 of 5 units.*layers.2.linear.weight.*use_reentrant"):
+        torch.optim.AdamW(model.parameters(), lr=0.01).step()
     selector.detach()
 
 
