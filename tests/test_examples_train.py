@@ -171,9 +171,7 @@ def test_resumed_equals_uninterrupted(
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *arguments]
-    return subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **more
-    )
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
 
 
 def _kill_and_resume(inputs: dict[str, str], output: Path, more: tuple[str, ...], kills: int, seed: int) -> None:
