@@ -223,6 +223,8 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         _load(accelerator, checkpoint)
 
     selector = get_selector(model) if args.strategy != "none" else None
+    if selector is not None:
+        selector.restore(optimizer)  # a run that is resumed at its end takes no step any more
     if progress.step == 0:
         set_seed(args.seed)  # the same dropout whatever building the model has drawn
     bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=args.strategy)

@@ -106,6 +106,18 @@ class RoseSelector:
         """What ROSE did so far; cheap, asks no device."""
         return self.state.statistics()
 
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take over the state saved in an optimizer now; without this call its next step does so.
+
+        Args:
+            optimizer: One that holds the units, as loaded; with no state of ROSE in it nothing happens.
+        """
+        groups = owned_groups(optimizer)
+        for _, param in self._parameters():
+            if STATE_KEY in groups.get(id(param), {}):
+                self._adopt_state(groups[id(param)])
+                return
+
     def detach(self) -> None:
         """Take every hook off and put the model's own dropout back."""
         for handle in self._handles:
