@@ -13,8 +13,9 @@ from torch.func import functional_call
 
 from .errors import UnsupportedModelError
 
-# Attribute on a base parameter that holds what was there before a copy was merged into it. It lives on the parameter
-# because a tied one belongs to several layers, of which the first to merge or unmerge must do it for all.
+# Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
+# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as well:
+# a deep copy of a parameter loses its attributes.
 _UNMERGED = "_rose_unmerged"
 
 
@@ -35,6 +36,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Tensor] = {}
         self._unmerged_buffers: dict[str, Tensor | None] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -52,7 +54,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str) -> None:
         """Add a trainable copy of the base parameters under an adapter name."""
         source = {
-            name: getattr(param, _UNMERGED, param.detach()).clone()
+            name: self._unmerged.get(name, getattr(param, _UNMERGED, param.detach())).clone()
             for name, param in self.base_layer.named_parameters(recurse=False)
         }
         if self.copies_module:
@@ -144,6 +146,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             if not hasattr(base, _UNMERGED):
                 setattr(base, _UNMERGED, base.data)
                 base.data = copied.detach().clone()
+            self._unmerged[name] = getattr(base, _UNMERGED)
         if self.copies_module:
             buffers = self.base_layer._buffers
             self._unmerged_buffers = dict(buffers)
@@ -155,15 +158,22 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         """Put the base parameters back, to the last bit."""
         if not self.merged_adapters:
             return
-        self.merged_adapters.clear()
-        for name in self.parameter_names:
+        for name, value in self._unmerged.items():
             base = self.base_layer._parameters[name]
-            if base is not None and hasattr(base, _UNMERGED):
-                base.data = getattr(base, _UNMERGED)
-                delattr(base, _UNMERGED)
+            if base is not None:
+                base.data = value
         if self.copies_module:
             self.base_layer._buffers.update(self._unmerged_buffers)
-            self._unmerged_buffers = {}
+        self.forget_unmerged()
+
+    def forget_unmerged(self) -> None:
+        """Take what is merged for the base parameters from now on."""
+        self.merged_adapters.clear()
+        self._unmerged.clear()
+        self._unmerged_buffers.clear()
+        for base in self.base_layer.parameters(recurse=False):
+            if hasattr(base, _UNMERGED):
+                delattr(base, _UNMERGED)
 
     # Models read attributes of their modules besides calling them (`self.wo.weight.dtype`, a relative embedding's
     # weight, `in_features`): what they get must be what a call would use.

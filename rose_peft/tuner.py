@@ -62,6 +62,7 @@ class ROSEModel(BaseTuner):
                 "(model.unload()) and call get_peft_model with it."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
@@ -176,14 +177,41 @@ class ROSEModel(BaseTuner):
         # Full weights keep the dtype of the model. PEFT calls this after loading, which may untie.
         tie_copies(self.model, adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        # PEFT looks modules up by names that are out of date once the container around them is unloaded, so our layers
+        # go first; it then deals with `modules_to_save`.
+        layers = _rose_layers(self.model)
+        for layer in layers if merge else ():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         selector = find_selector(self.model)
         if selector is not None:
             selector.detach()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.forget_unmerged()
+        _replace_children(self.model, {id(layer): layer.base_layer for layer in layers})
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge_allowed(self) -> None:
         """Merging full weights keeps tied weights tied, so PEFT's warning about them does not apply."""
+
+
+def _rose_layers(model: nn.Module) -> list[RoseLayer]:
+    return [module for module in model.modules() if isinstance(module, RoseLayer)]
+
+
+def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Replace modules, given by identity, wherever they hang: a shared one (T5's embedding) has several parents."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            replacement = replacements.get(id(child))
+            if replacement is not None and replacement is not parent:
+                parent._modules[name] = replacement
 
 
 def _own_parameters(module: nn.Module) -> list[str]:

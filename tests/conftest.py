@@ -2,6 +2,10 @@
 
 import os
 
+# No test needs the hub, and PEFT asks it when it saves an adapter: without a network that takes minutes. The library
+# reads this when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 from hypothesis import settings
@@ -17,7 +21,7 @@ torch.set_num_threads(1)
 _FIGURES = pytest.StashKey[list[str]]()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def record_figures(request):
     """Call with a line of text to have it printed in the summary at the end."""
     return request.config.stash.setdefault(_FIGURES, []).append
