@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,10 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The module to wrap.
         adapter_name: Name of the first adapter.
+        frozen: Names of its parameters that never train; their copies only keep the state dict complete.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
@@ -40,6 +41,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self._unmerged_buffers: dict[str, Tensor | None] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self.frozen = tuple(frozen)
         self.parameter_names = [name for name, _ in base_layer.named_parameters(recurse=False)]
         self.copies_module = not any(True for _ in base_layer.children())
         if self.copies_module:
@@ -62,6 +64,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         else:
             for name, value in source.items():
                 getattr(self, f"rose_{name}")[adapter_name] = nn.Parameter(value)
+        self._keep_frozen()
 
     def slots(self, parameter_name: str) -> list[tuple[nn.Module, str]]:
         """Where the copies of one parameter live, for every adapter."""
@@ -100,8 +103,21 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 "add. Pass one name to set_adapter."
             )
         super().set_adapter(names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the copies of some adapters train or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.frozen:
+            for module, attribute in self.slots(name):
+                module._parameters[attribute].requires_grad_(False)
 
     def _adapter_in_use(self) -> str | None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         if self.disable_adapters or self.merged:
             return None
         available = self._get_available_adapters()
@@ -109,8 +125,6 @@ class RoseLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy of the active adapter, or the base layer where none is in use."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         adapter_name = self._adapter_in_use()
         if adapter_name is None:
             return self.base_layer(*args, **kwargs)

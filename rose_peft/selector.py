@@ -143,8 +143,9 @@ class RoseSelector:
 
     def refresh(self) -> None:
         """Find the units anew, as after an adapter was added or deleted; what is known of old ones is kept."""
-        self.units = find_units(self.model, self.config)
         self._adapters = self._adapter_signature()
+        # After the last adapter was deleted there is nothing to steer, and the steps of other models are none of ours.
+        self.units = find_units(self.model, self.config) if self._adapters else []
         names = [unit.name for unit in self.units]
         if names != self.state.units:
             self._outgrown = self.state.values
