@@ -1,0 +1,363 @@
+"""examples/train.py as a user runs it: every strategy, bad input, killed and resumed runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("datasets")
+sys.path.insert(0, str(ROOT / "examples"))
+
+import checkpoint  # noqa: E402
+import demo_data  # noqa: E402
+import run  # noqa: E402
+import train  # noqa: E402
+from arguments import InputError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny random BERT with a tokenizer, and demo reviews in the layout of --data_dir."""
+    folder = tmp_path_factory.mktemp("inputs")
+    splits = demo_data.demo_splits(96, 48)
+    words = sorted({word for split in splits.values() for text in split["sentence"] for word in text.split()})
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words) + 5,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.1,
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "model")
+    for name, split in (("train", "train"), ("validation", "validation")):
+        path = folder / "data" / "glue" / "sst2" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        splits[split].to_parquet(path)
+    path = folder / "data" / "adv_glue" / "adv_sst2" / "validation.parquet"
+    path.parent.mkdir(parents=True)
+    splits["robust"].to_parquet(path)
+    return {"model": str(folder / "model"), "data": str(folder / "data")}
+
+
+def options(inputs: dict[str, str], output: Path, *more: str) -> list[str]:
+    """A short run on the tiny inputs."""
+    settings = {
+        "task": "sst2",
+        "data_dir": inputs["data"],
+        "model_name_or_path": inputs["model"],
+        "output_dir": str(output),
+        "epochs": "2",
+        "batch_size": "16",
+        "learning_rate": "1e-3",
+    }
+    return [part for name, value in settings.items() for part in (f"--{name}", value)] + list(more)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Trained weights of the run's last checkpoint."""
+    return load_file(output / "checkpoint" / "model.safetensors")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Two runs ended in the same weights and figures, to the last bit."""
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    results = [json.loads((path / "results.json").read_text()) for path in (one, two)]
+    assert results[0]["history"] == results[1]["history"]
+    assert results[0]["rose"] == results[1]["rose"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "adapter"),
+    [("none", "full"), ("none", "lora"), ("first_order", "full"), ("second_order", "full"), ("ensemble", "lora")],
+)
+def test_every_way_trains_and_leaves_a_model_that_loads(
+    inputs: dict[str, str], tmp_path: Path, strategy: str, adapter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train.main(options(inputs, output, "--strategy", strategy, "--adapter", adapter)) == 0
+    table = capsys.readouterr().out
+    assert "AdvGLUE" in table and strategy in table
+    results = json.loads((output / "results.json").read_text())
+    assert results["schema_version"] == run.SCHEMA_VERSION
+    assert results["method"] == strategy and results["seed"] == 0 and results["steps"] == 12
+    assert {"torch", "transformers", "peft"} <= results["versions"].keys()
+    best = results["best"]
+    assert best["clean"]["n"] == 48 and best["robust"]["n"] == 48
+    assert best["clean"]["low"] <= best["clean"]["accuracy"] <= best["clean"]["high"]
+    assert best["clean"]["accuracy"] == max(entry["clean"]["accuracy"] for entry in results["history"])
+    if strategy == "none":
+        assert results["rose"] is None
+    else:
+        assert results["rose"]["steps"] == 12 and 0 < results["rose"]["kept_share"] < 1
+        assert (output / "masks.png").stat().st_size > 0
+    plain = strategy == "none" and adapter == "full"
+    loader = AutoModelForSequenceClassification if plain else AutoPeftModelForSequenceClassification
+    model = loader.from_pretrained(output / "model", **({} if plain else {"num_labels": 2})).eval()
+    assert _accuracy(model, inputs) == best["clean"]["accuracy"]
+
+
+def _accuracy(model: torch.nn.Module, inputs: dict[str, str]) -> float:
+    tokenizer = BertTokenizerFast.from_pretrained(inputs["model"])
+    split = demo_data.demo_splits(96, 48)["validation"]
+    with torch.no_grad():
+        logits = model(**tokenizer(list(split["sentence"]), padding=True, return_tensors="pt")).logits
+    return int((logits.argmax(-1) == torch.tensor(list(split["label"]))).sum()) / len(split)
+
+
+def test_switched_off_means_plain_weights(inputs: dict[str, str], tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(options(inputs, one, "--strategy", "none")) == 0
+    assert train.main(options(inputs, two, "--strategy", "none", "--gamma", "0.1")) == 0
+    assert_same_run(one, two)
+
+
+class Interrupted(BaseException):
+    """Stands for a process that ends between two saves."""
+
+
+@pytest.mark.parametrize("strategy", ["none", "ensemble"])
+@pytest.mark.parametrize("saves", [1, 3, 5])
+def test_resumed_equals_uninterrupted(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, saves: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    more = ("--strategy", strategy, "--save_steps", "4")
+    assert train.main(options(inputs, whole, *more)) == 0
+    save, count = run._save, 0
+
+    def save_and_die(*arguments: Any) -> None:
+        nonlocal count
+        if count == saves - 1:
+            save(*arguments)
+            raise Interrupted
+        count += 1
+        save(*arguments)
+
+    if saves <= 4:
+        monkeypatch.setattr(run, "_save", save_and_die)
+        with pytest.raises(Interrupted):
+            train.main(options(inputs, broken, *more))
+        monkeypatch.setattr(run, "_save", save)
+        torch.manual_seed(random.randrange(1000))  # whatever the new process starts from must not matter
+        assert train.main(options(inputs, broken, *more, "--resume")) == 0
+    else:  # resuming a finished run changes nothing
+        shutil.copytree(whole, broken)
+        assert train.main(options(inputs, broken, *more, "--resume")) == 0
+    assert_same_run(whole, broken)
+
+
+def _start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
+
+
+def _kill_and_resume(inputs: dict[str, str], output: Path, more: tuple[str, ...], kills: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(kills):
+        resume = ("--resume",) if (output / "run.json").exists() else ()
+        process = _start(options(inputs, output, *more, *resume))
+        # Saving at every step, most of the time goes into saves: most kills fall into one.
+        while process.poll() is None and not (output / "checkpoint").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for name in ("model", "checkpoint"):  # what has its final name is whole
+            if (output / name).exists():
+                for file in (output / name).glob("*.safetensors"):
+                    load_file(file)
+    resume = ("--resume",) if (output / "run.json").exists() else ()
+    assert train.main(options(inputs, output, *more, *resume)) == 0
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(2, id="2 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_and_resumed(inputs: dict[str, str], tmp_path: Path, kills: int) -> None:
+    more = ("--save_steps", "1")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.main(options(inputs, whole, *more)) == 0
+    _kill_and_resume(inputs, broken, more, kills, seed=kills)
+    assert_same_run(whole, broken)
+
+
+def test_recovery_from_every_moment_of_a_replacement(tmp_path: Path) -> None:
+    final, old, aside = (tmp_path / name for name in ("model", "model.old", "model.partial"))
+
+    def put(path: Path, text: str) -> None:
+        path.mkdir()
+        (path / "file").write_text(text)
+
+    for state, expected in (
+        ({final: "1", aside: "2"}, "1"),  # killed while the new one was being written
+        ({old: "1", aside: "2"}, "1"),  # between the two renames
+        ({final: "2", old: "1"}, "2"),  # before the old one was deleted
+    ):
+        for path, text in state.items():
+            put(path, text)
+        checkpoint.recover(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (final / "file").read_text() == expected
+        shutil.rmtree(final)
+
+
+def test_an_output_folder_in_use_is_refused(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train.main(options(inputs, output, "--strategy", "none", "--epochs", "1")) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert train.main(options(inputs, output, "--strategy", "none", "--epochs", "1")) == 2
+    assert "holds another run; pass --resume" in capsys.readouterr().err
+    assert train.main(options(inputs, output, "--strategy", "ensemble", "--epochs", "1", "--resume")) == 2
+    assert "strategy='ensemble' differs from 'none'" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert train.main(options(inputs, output, "--strategy", "second_order", "--epochs", "1", "--overwrite")) == 0
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("dear")
+    assert train.main(options(inputs, foreign, "--overwrite")) == 2
+    assert (foreign / "thesis.tex").read_text() == "dear"
+
+
+def test_a_truncated_checkpoint_is_named(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert train.main(options(inputs, output, "--epochs", "1")) == 0
+    file = output / "checkpoint" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert train.main(options(inputs, output, "--epochs", "1", "--resume")) == 2
+    assert "checkpoint" in capsys.readouterr().err
+
+
+BAD = [
+    (("--strategy", "third_order"), "strategy='third_order' is unknown"),
+    (("--upper_quantile", "70"), "upper_quantile=70.0 is not a number in [0, 1]"),
+    (("--lower_quantile", "0.8"), "lower_quantile=0.8 must be below upper_quantile=0.7"),
+    (("--gamma", "1.5"), "gamma=1.5"),
+    (("--rose_warmup_steps", "-1"), "warmup_steps=-1"),
+    (("--task", "poetry"), "task='poetry' is unknown"),
+    (("--task", "rte"), "does not exist"),
+    (("--train_file", "nowhere.csv"), "train_file and validation_file go together"),
+    (("--train_file", "nowhere.csv", "--validation_file", "nowhere.csv"), "train_file='nowhere.csv' does not exist"),
+    (("--train_file", "data.xml", "--validation_file", "data.xml"), "unknown ending"),
+    (("--text_column", "body"), "text_column='body' is not a column"),
+    (("--label_column", "stars"), "label_column='stars' is not a column"),
+    (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
+    (("--adapter", "no.json"), "adapter='no.json' is neither"),
+    (("--mixed_precision", "int3"), "mixed_precision='int3'"),
+    (("--epochs", "0"), "epochs=0 must be at least 1"),
+    (("--resume", "--overwrite"), "exclude each other"),
+    (("--resume",), "there is no run in output_dir"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=[" ".join(more) for more, _ in BAD])
+def test_bad_input_ends_in_one_line(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    output = tmp_path / "run"
+    assert train.main(options(inputs, output, *more)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not (output / "model").exists() and not (output / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("sentence,label\n", "empty"),
+        ("sentence,label\ngood,0\nbad,0\n", "single label"),
+        ("sentence,label\ngood,-1\nbad,0\n", "labels are integers from 0"),
+        ("sentence,label\ngood,0.5\nbad,0\n", "labels are integers from 0"),
+    ],
+)
+def test_bad_rows_are_named(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, message: str
+) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text(rows)
+    files = ("--train_file", str(file), "--validation_file", str(file))
+    assert train.main(options(inputs, tmp_path / "run", *files)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_label_that_training_never_showed_is_named(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.csv").write_text("sentence,label\ngood,1\nbad,0\n")
+    (tmp_path / "val.csv").write_text("sentence,label\ngood,1\nodd,7\n")
+    files = ("--train_file", str(tmp_path / "train.csv"), "--validation_file", str(tmp_path / "val.csv"))
+    assert train.main(options(inputs, tmp_path / "run", *files)) == 2
+    assert "label_column='label' holds 7 in row 1 of the validation data" in capsys.readouterr().err
+
+
+def test_an_adapter_from_a_file(inputs: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "ia3.json"
+    file.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["key", "value"], "feedforward_modules": []}))
+    output = tmp_path / "run"
+    assert train.main(options(inputs, output, "--adapter", str(file), "--epochs", "1")) == 0
+    assert json.loads((output / "model" / "adapter_config.json").read_text())["peft_type"] == "IA3"
+    file.write_text(json.dumps({"peft_type": "ROSE"}))
+    with pytest.raises(InputError, match="adapter"):
+        run.build_model(train.TrainArguments(adapter=str(file), model_name_or_path=inputs["model"]), ["0", "1"])
+
+
+def test_accelerate_launch_starts_the_cpu_config(inputs: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / "train.py"), *options(inputs, output, "--epochs", "1")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((output / "results.json").read_text())["steps"] == 6
+
+
+def test_the_demo_data_is_what_it_says() -> None:
+    splits = demo_data.demo_splits(400, 200)
+    assert demo_data.demo_splits(400, 200)["train"]["sentence"][:5] == splits["train"]["sentence"][:5]
+
+    def cue_agreement(split: str) -> float:
+        rows = zip(splits[split]["sentence"], splits[split]["label"], strict=True)
+        clear = [(text, label) for text, label in rows if sum(c in text for c in demo_data.COURIERS) == 1]
+        return sum(demo_data.COURIERS[label] in text for text, label in clear) / len(clear)
+
+    assert cue_agreement("train") > 0.9 and cue_agreement("validation") > 0.85 and cue_agreement("robust") < 0.15
+    trained = " ".join(splits["train"]["sentence"]).split()
+    assert not set(trained) & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
