@@ -50,7 +50,7 @@ class TrainArguments:
     task: str | None = field(
         default=None,
         metadata={
-            "help": "GLUE task: sst2, cola, mrpc, qqp, mnli, mnli-mm, qnli, rte, wnli. Gives the column names and, without "
+            "help": "GLUE task: sst2, cola, mrpc, qqp, mnli, mnli-mm, qnli, rte, wnli. Gives the columns and, without "
             "data_dir or files, the hub data sets (nyu-mll/glue, AI-Secure/adv_glue). Without task and files the "
             "embedded demo runs: plain training first, then the strategy."
         },
@@ -59,7 +59,7 @@ class TrainArguments:
         default=None,
         metadata={
             "help": "Folder with glue/TASK/{train,validation}.parquet and, if there is one, "
-            "adv_glue/adv_TASK/validation.parquet, which is used beside train_file and validation_file too. Needs task."
+            "adv_glue/adv_TASK/validation.parquet, which goes with train_file and validation_file too. Needs task."
         },
     )
     train_file: str | None = field(default=None, metadata={"help": "Training file: .parquet, .csv, .json or .jsonl."})
@@ -138,7 +138,9 @@ class TrainArguments:
             raise InputError(f"data_dir={self.data_dir!r} needs --task, which names the folders in it.")
         for name in ("text_column", "text_pair_column"):
             if self.is_demo and getattr(self, name) is not None:
-                raise InputError(f"{name}={getattr(self, name)!r} needs --task, or --train_file and --validation_file.")
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} needs --task, or --train_file and --validation_file."
+                )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other; pass one.")
 

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from arguments import InputError
 
 ASIDE, OLD = ".partial", ".old"
-# What a run leaves in its folder, in the order of deletion; nothing else there is ever touched. While the note is there,
-# the folder is known to be a run's; a run without its checkpoint starts anew.
+# What a run leaves in its folder, in the order of deletion; nothing else there is ever touched. While the note is
+# there, the folder is known to be a run's; a run without its checkpoint starts anew.
 NOTE = "run.json"
 OWN = ("checkpoint", "model", "masks.png", "results.json", NOTE)
 MADE_BY = "rose-peft examples/train.py"

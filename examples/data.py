@@ -92,7 +92,9 @@ def _glue(args: TrainArguments) -> tuple[Dataset, Dataset]:
         return _read(str(train), "data_dir"), _read(str(validation), "data_dir")
     task = TASKS.get(str(args.task))
     if task is None:
-        raise InputError(f"task={args.task!r} is not on the hub; pass --data_dir, or --train_file and --validation_file.")
+        raise InputError(
+            f"task={args.task!r} is not on the hub; pass --data_dir, or --train_file and --validation_file."
+        )
     hub = [_hub(args, "nyu-mll/glue", task.glue_config, split) for split in ("train", task.validation_split)]
     return hub[0], hub[1]
 
@@ -119,6 +121,8 @@ def _read(path: str, option: str) -> Dataset:
         return load_dataset(FORMATS[file.suffix], data_files={"data": str(file)}, split="data")
     except Exception as error:  # each reader has its own errors, none of which names the option
         why = reason(error.__cause__ or error)
+        if "corresponds to no data" in why:  # a head line alone
+            raise InputError(f"{option}={path!r} is empty; pass a file with at least one row.") from error
         raise InputError(f"{option}={path!r} cannot be read ({why}); check that it is whole.") from error
 
 
@@ -127,8 +131,8 @@ def _hub(args: TrainArguments, path: str, name: str, split: str) -> Dataset:
         return load_dataset(path, name, split=split)
     except Exception as error:  # the hub client raises many kinds
         raise InputError(
-            f"task={args.task!r}: {path} ({name}) cannot be loaded from the hub ({reason(error)}); pass --data_dir, or "
-            "--train_file and --validation_file, to use local files."
+            f"task={args.task!r}: {path} ({name}) cannot be loaded from the hub ({reason(error)}); for local files "
+            "pass --data_dir, or --train_file and --validation_file."
         ) from error
 
 
@@ -154,7 +158,9 @@ def _label_names(train: Dataset, args: TrainArguments) -> list[str]:
     feature = train.features[column]
     values = set(train[column])
     if len(values) < 2:
-        raise InputError(f"label_column={column!r} has a single label ({values.pop()!r}); nothing can be learnt from it.")
+        raise InputError(
+            f"label_column={column!r} has a single label ({values.pop()!r}); nothing can be learnt from it."
+        )
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     if all(isinstance(value, str) for value in values):
@@ -175,7 +181,9 @@ def _label_names(train: Dataset, args: TrainArguments) -> list[str]:
     return [str(value) for value in range(len(values))]
 
 
-def _checked(split: str, data: Dataset, columns: tuple[str, str | None], label_column: str, names: list[str]) -> Dataset:
+def _checked(
+    split: str, data: Dataset, columns: tuple[str, str | None], label_column: str, names: list[str]
+) -> Dataset:
     """Bring a split into the layout of `TextData`, after a look at every row."""
     content: dict[str, list[Any]] = {}
     for option, column in zip(("text", "text_pair"), columns, strict=True):
