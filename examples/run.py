@@ -157,6 +157,8 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         _load(accelerator, checkpoint)
 
     selector = get_selector(model) if args.strategy != "none" else None
+    if selector is not None:
+        selector.restore(optimizer)  # a run that is resumed at its end takes no step any more
     if progress.step == 0:
         # The same dropout whatever building the model has drawn, and another one on every process.
         set_seed(args.seed, device_specific=True)

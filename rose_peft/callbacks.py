@@ -24,6 +24,7 @@ class RoseCallback(TrainerCallback):
     def __init__(self) -> None:
         self._selector: RoseSelector | None = None
         self._steps_before = 0
+        self._global_step_before = 0
 
     def on_train_begin(
         self,
@@ -41,6 +42,7 @@ class RoseCallback(TrainerCallback):
                 "attach_rose(model, config), or leave the callback out."
             )
         self._steps_before = self._selector.statistics().steps
+        self._global_step_before = state.global_step
 
     def on_log(
         self,
@@ -58,11 +60,12 @@ class RoseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fail loudly if no step was masked."""
-        if self._selector is None or state.global_step == self._steps_before:
+        taken = state.global_step - self._global_step_before
+        if self._selector is None or taken <= 0:
             return
         if self._selector.statistics().steps == self._steps_before:
             raise RoseInactiveError(
-                f"the Trainer took {state.global_step} steps, and ROSE acted in none of them: the optimizer does "
+                f"the Trainer took {taken} steps, and ROSE acted in none of them: the optimizer does "
                 "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
             )
 

@@ -86,9 +86,14 @@ class RoseSelector:
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
         self._engine_checked = False
-        self._handles: list[Any] = [host.register_forward_pre_hook(self._before_forward)]
-        if self.needs_risk_pass:
-            self._handles.append(host.register_forward_hook(self._after_forward, with_kwargs=True))
+        self._handles: list[Any] = []
+        # PeftModel without a task type calls the model, with one the tuner, whose forward goes past the hooks of the
+        # model (peft 0.18) or not (0.21): both have hooks, and the outer one rests where the inner one acted.
+        self._inner_acted = False
+        for module in [host] if host is model else [host, model]:
+            self._handles.append(module.register_forward_pre_hook(self._before_forward))
+            if self.needs_risk_pass:
+                self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         host.__dict__[_SELECTOR] = self
         _track(self)
 
@@ -100,6 +105,18 @@ class RoseSelector:
     def statistics(self) -> RoseStatistics:
         """What ROSE did so far; cheap, asks no device."""
         return self.state.statistics()
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take over the state saved in an optimizer now; without this call its next step does so.
+
+        Args:
+            optimizer: One that holds the units, as loaded; with no state of ROSE in it nothing happens.
+        """
+        groups = owned_groups(optimizer)
+        for _, param in self._parameters():
+            if STATE_KEY in groups.get(id(param), {}):
+                self._adopt_state(groups[id(param)])
+                return
 
     def detach(self) -> None:
         """Take every hook off and put the model's own dropout back."""
@@ -171,6 +188,8 @@ class RoseSelector:
 
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.host:
+            self._inner_acted = False
         if not module.training:
             return
         if not self._engine_checked or getattr(module, "_is_replica", False):
@@ -185,6 +204,9 @@ class RoseSelector:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_risk_pass or not module.training or not torch.is_grad_enabled():
             return None
+        if module is self.host and self._inner_acted:
+            return None
+        self._inner_acted = module is not self.host
         parameters = self._parameters()
         if not parameters:
             return None
@@ -229,9 +251,8 @@ class RoseSelector:
         def seen(grad: Tensor) -> None:
             self._backward_seen = True
 
-        loss = loss_of(output)
-        tensors = [loss] if loss is not None else [t for t in _tensors(output) if t.requires_grad]
-        for tensor in tensors:
+        # Not only the loss: with label smoothing or distillation users make their own from the logits.
+        for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(seen)
 

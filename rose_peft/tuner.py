@@ -37,7 +37,9 @@ class ROSEModel(BaseTuner):
     tuner_layer_cls = RoseLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an instance variable of BaseTuner)
 
-    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
+    def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        if peft_config is None:  # copy and pickle fill the object in themselves
+            return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if config.base_config is not None:
             return _build_inner(model, config, adapter_name, **kwargs)

@@ -92,7 +92,11 @@ def find_units(model: nn.Module, config: ROSEConfig | None) -> list[Unit]:
     else:
         units = _weight_units(model, config)
     if not units:
-        candidates = [name for name, module in base_modules(model) if name and any(module._parameters.values())]
+        candidates = [
+            name
+            for name, module in base_modules(model)
+            if name and any(True for _ in module.parameters(recurse=False))
+        ]
         raise TargetModulesError(
             f"target_modules={config.target_modules if config else None!r} leaves no weight to mask: with None the "
             "weights inside repeated blocks (an nn.ModuleList of equal blocks) are units. Pass target_modules; "
