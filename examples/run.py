@@ -58,7 +58,6 @@ class Progress:
         loss_sum: Sum of the losses of the present epoch's micro-batches, on the main process.
         seconds: Time spent in training, without evaluating and saving.
         history: Figures of each complete epoch.
-        rose: Statistics of ROSE at the end of the last complete epoch.
     """
 
     epoch: int = 0
@@ -67,7 +66,6 @@ class Progress:
     loss_sum: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
-    rose: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Values to save."""
@@ -197,14 +195,9 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
             figures["robust"] = accuracy(model, robust_loader, accelerator)
         progress.history.append(figures)
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        if selector is not None:
-            progress.rose = selector.statistics().as_dict()
         # The checkpoint comes last: a run killed before it does this epoch again, and writes the same once more.
         if progress.best is figures:
             _save_model(accelerator, model, tokenizer, folder / "model")
-        if progress.epoch == args.epochs and selector is not None and accelerator.is_main_process:
-            with whole_file(folder / "masks.png") as aside:
-                plot_masks(selector).savefig(aside, format="png", dpi=150)
         _save(accelerator, checkpoint)
     bar.close()
 
@@ -222,9 +215,12 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "rose": progress.rose,
+        "rose": selector.statistics().as_dict() if selector is not None else None,
     }
     if accelerator.is_main_process:
+        if selector is not None:
+            with whole_file(folder / "masks.png") as aside:
+                plot_masks(selector).savefig(aside, format="png", dpi=150)
         write_json(folder / "results.json", results)
     accelerator.free_memory()
     return results

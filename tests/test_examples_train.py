@@ -328,8 +328,9 @@ def test_an_adapter_from_a_file(inputs: dict[str, str], tmp_path: Path, capsys: 
     assert train.main(options(inputs, output, "--adapter", str(file), "--epochs", "1")) == 0
     assert json.loads((output / "model" / "adapter_config.json").read_text())["peft_type"] == "IA3"
     file.write_text(json.dumps({"peft_type": "ROSE"}))
-    assert train.main(options(inputs, tmp_path / "other", "--adapter", str(file))) == 2
-    assert "base_config is itself a ROSEConfig" in capsys.readouterr().err
+    for strategy in ("none", "ensemble"):
+        assert train.main(options(inputs, tmp_path / "other", "--adapter", str(file), "--strategy", strategy)) == 2
+        assert "is itself ROSE" in capsys.readouterr().err
 
 
 def test_accelerate_launch_starts_the_cpu_config(inputs: dict[str, str], tmp_path: Path) -> None:
