@@ -174,8 +174,9 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def _delete_run(folder: Path) -> None:
+    """Delete what the run left but its note, without which the folder could not be overwritten once more."""
     recover(folder)
-    for final in (folder / name for name in OWN):
+    for final in (folder / name for name in OWN if name != NOTE):
         if final.exists():
             aside = final.with_name(final.name + ASIDE)
             final.rename(aside)  # at no moment does a half-deleted folder bear the final name
