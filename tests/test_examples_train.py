@@ -24,6 +24,7 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(ROOT / "examples"))
 
 import checkpoint  # noqa: E402
+import data  # noqa: E402
 import demo_data  # noqa: E402
 import run  # noqa: E402
 import train  # noqa: E402
@@ -136,13 +137,28 @@ class Interrupted(BaseException):
     """Stands for a process that ends between two saves."""
 
 
-@pytest.mark.parametrize("strategy", ["none", "ensemble"])
-@pytest.mark.parametrize("saves", [1, 3, 5])
+# Two epochs of 6 micro-batches. With 4 of them to a step (4 + 2 in an epoch) checkpoints after every step lie at the
+# micro-batches 4, 6, 6 (end of the epoch), 4, ...; with one of them and every 4 steps at 4, 6 (end), 2, 6, 6 (end).
+@pytest.mark.parametrize(
+    ("strategy", "saves", "accumulation"),
+    [
+        *((strategy, saves, 1) for strategy in ("none", "ensemble") for saves in (1, 3, 5)),
+        ("second_order", 4, 1),  # killed after the last step of an epoch, before its end
+        ("ensemble", 1, 4),
+        ("first_order", 2, 4),
+    ],
+)
 def test_resumed_equals_uninterrupted(
-    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, saves: int
+    inputs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    saves: int,
+    accumulation: int,
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    more = ("--strategy", strategy, "--save_steps", "4")
+    more: tuple[str, ...] = ("--strategy", strategy, "--save_steps", "4" if accumulation == 1 else "1")
+    more += ("--gradient_accumulation_steps", str(accumulation))
     assert train.main(options(inputs, whole, *more)) == 0
     save, count = run._save, 0
 
@@ -270,6 +286,12 @@ BAD = [
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
     (("--mixed_precision", "int3"), "mixed_precision='int3'"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
+    (("--lr_scheduler", "wavy"), "lr_scheduler='wavy' is unknown"),
+    (("--learning_rate", "nan"), "learning_rate=nan must be above 0"),
+    (("--adam_beta2", "1"), "adam_beta2=1.0 must be in [0, 1)"),
+    (("--warmup_ratio", "10"), "warmup_ratio=10.0 must be in [0, 1]"),
+    (("--max_length", "4096"), "max_length=4096 is more than the 512 tokens"),
+    (("--dropout", "0"), "dropout=0.0"),
     (("--resume", "--overwrite"), "exclude each other"),
     (("--resume",), "there is no run in output_dir"),
 ]
@@ -311,6 +333,141 @@ def test_bad_rows_are_named(
     assert message in capsys.readouterr().err
 
 
+def _csv(folder: Path, train_rows: str, validation_rows: str) -> tuple[str, ...]:
+    (folder / "train.csv").write_text(train_rows)
+    (folder / "validation.csv").write_text(validation_rows)
+    return "--train_file", str(folder / "train.csv"), "--validation_file", str(folder / "validation.csv")
+
+
+GOOD_ROWS = "text,more,stars\ngood,very,1\nbad,not,0\nfine,,1\n"
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "more", "message"),
+    [
+        (GOOD_ROWS, (), "text_column is missing"),
+        (GOOD_ROWS, ("--text_column", "text"), "label_column='label' is not a column of the training data"),
+        (
+            GOOD_ROWS,
+            ("--text_column", "stars", "--label_column", "stars"),
+            "label_column='stars' is a text column too",
+        ),
+        (GOOD_ROWS, ("--text_column", "stars", "--label_column", "text"), "text_column='stars' holds 1 in row 0"),
+        (
+            GOOD_ROWS,
+            ("--text_column", "text", "--text_pair_column", "more", "--label_column", "stars"),
+            "text_pair_column='more' holds None in row 2 of the training data",
+        ),
+        (
+            "text,stars\ngood,1\nbad,9\n",
+            ("--text_column", "text", "--label_column", "stars"),
+            "label_column='stars' holds 9 but never 0",
+        ),
+        ('text,stars\n"good,1\n', ("--text_column", "text"), "train.csv' cannot be read"),
+    ],
+)
+def test_bad_files_are_named(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    train_rows: str,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    model = ("--model_name_or_path", inputs["model"], "--output_dir", str(tmp_path / "run"))
+    assert train.main([*model, *_csv(tmp_path, train_rows, GOOD_ROWS), *more]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) -> None:
+    rows = "label,answer,opinion\n" + "the kettle is great,yes,good\nthe lamp is awful,no,bad\n" * 8
+    output = tmp_path / "run"
+    columns = ("--text_column", "label", "--text_pair_column", "answer", "--label_column", "opinion")
+    settings = ("--model_name_or_path", inputs["model"], "--output_dir", str(output), "--epochs", "1")
+    assert train.main([*settings, *_csv(tmp_path, rows, rows), *columns]) == 0
+    assert json.loads((output / "model" / "adapter_config.json").read_text())["peft_type"] == "ROSE"
+    assert json.loads((output / "results.json").read_text())["best"]["clean"]["n"] == 16
+    settings = ("--model_name_or_path", inputs["model"], "--output_dir", str(tmp_path / "plain"), "--epochs", "1")
+    assert train.main([*settings, *_csv(tmp_path, rows, rows), *columns, "--strategy", "none"]) == 0
+    assert json.loads((tmp_path / "plain" / "model" / "config.json").read_text())["id2label"] == {
+        "0": "bad",
+        "1": "good",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--epoch", "3"), "'--epoch' is no option, did you mean --epochs?"),
+        (("--lr", "0.1"), "'--lr' is no option"),
+        (("--epochs", "three"), "argument --epochs: invalid int value"),
+    ],
+)
+def test_an_unknown_option_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--output_dir", str(tmp_path / "run"), *more])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and message in line
+
+
+def test_a_truncated_model_and_an_adapter_that_does_not_fit_are_named(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(inputs["model"], tmp_path / "model")
+    weights_file = model / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    assert train.main(options(inputs, tmp_path / "run", "--model_name_or_path", str(model))) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    for strategy in ("none", "ensemble"):
+        for peft_type, message in (
+            ("LORA", "does not fit"),
+            ("LOAR", "JSON file with a PEFT config (KeyError: 'LOAR')"),
+        ):
+            file = tmp_path / "adapter.json"
+            file.write_text(json.dumps({"peft_type": peft_type, "target_modules": ["nothing_like_that"]}))
+            more = ("--adapter", str(file), "--strategy", strategy)
+            assert train.main(options(inputs, tmp_path / "run", *more)) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_compares_and_goes_on_where_it_was_killed(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(data, "demo_splits", lambda: demo_data.demo_splits(96, 47))
+
+    def start(output: Path, *more: str) -> int:
+        return train.main(
+            ["--model_name_or_path", inputs["model"], "--output_dir", str(output), "--epochs", "2", *more]
+        )
+
+    assert start(tmp_path / "whole") == 0
+    table = capsys.readouterr().out
+    assert "robust" in table and table.index("none") < table.index("ensemble")
+    save = run._save
+    for killed_in, saves in (("plain", 1), ("ensemble", 3)):
+        count = 0
+
+        def save_and_die(*arguments: Any, saves: int = saves) -> None:
+            nonlocal count
+            save(*arguments)
+            count += 1
+            if count == saves:
+                raise Interrupted
+
+        monkeypatch.setattr(run, "_save", save_and_die)
+        with pytest.raises(Interrupted):
+            start(tmp_path / killed_in)
+        monkeypatch.setattr(run, "_save", save)
+        assert start(tmp_path / killed_in, "--resume") == 0
+        for name in ("plain", "ensemble"):
+            assert_same_run(tmp_path / "whole" / name, tmp_path / killed_in / name)
+
+
 def test_a_label_that_training_never_showed_is_named(
     inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -328,8 +485,9 @@ def test_an_adapter_from_a_file(inputs: dict[str, str], tmp_path: Path, capsys: 
     assert train.main(options(inputs, output, "--adapter", str(file), "--epochs", "1")) == 0
     assert json.loads((output / "model" / "adapter_config.json").read_text())["peft_type"] == "IA3"
     file.write_text(json.dumps({"peft_type": "ROSE"}))
-    assert train.main(options(inputs, tmp_path / "other", "--adapter", str(file))) == 2
-    assert "base_config is itself a ROSEConfig" in capsys.readouterr().err
+    for strategy in ("none", "ensemble"):
+        assert train.main(options(inputs, tmp_path / "other", "--adapter", str(file), "--strategy", strategy)) == 2
+        assert "is itself ROSE" in capsys.readouterr().err
 
 
 def test_accelerate_launch_starts_the_cpu_config(inputs: dict[str, str], tmp_path: Path) -> None:
