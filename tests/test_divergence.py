@@ -227,11 +227,13 @@ def test_equal_outputs_are_noticed():
     other.logits[2, 3] += 1e-12
     assert not output_divergence(one, other, {}, None, False)[1]
     # All heads have to be equal.
-    spans = [
-        QuestionAnsweringModelOutput(start_logits=torch.ones(2, 6), end_logits=logits(2, 6, seed=seed))
-        for seed in (0, 1)
-    ]
-    assert not output_divergence(*spans, {}, None, False)[1]
+    same, one_seed, other_seed = torch.ones(2, 6), logits(2, 6), logits(2, 6, seed=1)
+    for first, second in (
+        ((same, one_seed), (same, other_seed)),
+        ((one_seed, same), (other_seed, same)),
+    ):
+        spans = [QuestionAnsweringModelOutput(start_logits=s, end_logits=e) for s, e in (first, second)]
+        assert not output_divergence(*spans, {}, None, False)[1]
 
 
 def test_loss_of_and_with_loss():

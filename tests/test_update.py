@@ -570,6 +570,25 @@ def test_new_gradients_after_a_step_that_raised_are_used():
         assert torch.equal(ours, plain)
 
 
+def test_gradients_added_after_a_step_that_raised_are_not_lost():
+    """Without zero_grad a backward pass adds to what is there, which is the blended gradient by then."""
+    model = Blocks()
+    optimizer = Failing(model.parameters(), lr=0.01)
+    selector = steer(model, lambda step: [0.5] * 5)
+    set_gradients(model, 0)
+    optimizer.fail = True
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    optimizer.fail = False
+    blended = [param.grad.clone() for param in weights(model)]
+    for param in weights(model):
+        param.grad.add_(1000.0)
+    optimizer.step()
+    for param, grad in zip(weights(model), blended, strict=True):
+        assert torch.equal(param.grad, grad + 1000.0)
+    selector.detach()
+
+
 def test_detach_after_a_step_that_raised_gives_the_gradients_back():
     model = Blocks()
     optimizer = Failing(model.parameters(), lr=0.01)
