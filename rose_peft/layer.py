@@ -113,7 +113,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def _keep_frozen(self) -> None:
         for name in self.frozen:
             for module, attribute in self.slots(name):
-                module._parameters[attribute].requires_grad_(False)
+                module.get_parameter(attribute).requires_grad_(False)
 
     def _adapter_in_use(self) -> str | None:
         if self.disable_adapters and self.merged:

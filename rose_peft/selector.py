@@ -60,6 +60,9 @@ class RoseSelector:
     """
 
     def __init__(self, host: nn.Module, model: nn.Module, config: ROSEConfig) -> None:
+        for selector in list(_live):
+            if selector.model is model:
+                selector.detach_if_unloaded()
         if any(_SELECTOR in module.__dict__ for module in (host, model)):
             raise AlreadyAttachedError(
                 "ROSE is already attached to this model; call detach_rose(model) before attaching it again."
@@ -71,6 +74,7 @@ class RoseSelector:
         self.state = SelectionState([unit.name for unit in self.units])
         self._outgrown: dict[str, Any] | None = None
         self._adapters = self._adapter_signature()
+        self._witness = self._first_tuner_layer()
         self._in_risk_pass = False
         self._pending: tuple[torch.optim.Optimizer, MaskedStep] | None = None
         self._pending_masks: tuple[Tensor, Tensor] | None = None
@@ -130,6 +134,24 @@ class RoseSelector:
         self.host.__dict__.pop(_SELECTOR, None)
         _untrack(self)
 
+    def detach_if_unloaded(self) -> bool:
+        """Detach where the adapter was merged or unloaded: other methods' tuners do not tell us."""
+        if self._witness is None:
+            return False
+        name, layer = self._witness
+        try:
+            unloaded = self.model.get_submodule(name) is not layer
+        except AttributeError:
+            unloaded = True
+        unloaded = unloaded and not any(module is layer for module in self.model.modules())  # it may have moved
+        if unloaded:
+            self.detach()
+        return unloaded
+
+    def _first_tuner_layer(self) -> tuple[str, nn.Module] | None:
+        layers = ((name, m) for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
+        return next(layers, None)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model must be steered like the original.
         self.__dict__.update(state)
@@ -146,6 +168,7 @@ class RoseSelector:
         self._adapters = self._adapter_signature()
         # After the last adapter was deleted there is nothing to steer, and the steps of other models are none of ours.
         self.units = find_units(self.model, self.config) if self._adapters else []
+        self._witness = self._first_tuner_layer()
         names = [unit.name for unit in self.units]
         if names != self.state.units:
             self._outgrown = self.state.values
@@ -159,6 +182,8 @@ class RoseSelector:
 
     def _parameters(self) -> list[tuple[int, Tensor]]:
         """(unit index, tensor) of everything that trains now."""
+        if self.detach_if_unloaded():
+            return []
         if self._adapters != self._adapter_signature():
             self.refresh()
         return [(index, param) for index, unit in enumerate(self.units) for param in unit.parameters()]

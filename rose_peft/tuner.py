@@ -97,7 +97,8 @@ class ROSEModel(BaseTuner):
         _refuse_quantized(model)
         if peft_config.target_modules is None and not peft_config.inference_mode:
             self._record_frozen(peft_config, model)
-        self._targets = self._find_targets(_maybe_include_all_linear_layers(peft_config, model), model)
+        _maybe_include_all_linear_layers(peft_config, model)  # in place
+        self._targets = self._find_targets(peft_config, model)
         if not peft_config.inference_mode:
             find_units(model, peft_config, self._targets)  # refuses before anything is changed
 
