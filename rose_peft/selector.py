@@ -67,8 +67,8 @@ class RoseSelector:
             raise AlreadyAttachedError(
                 "ROSE is already attached to this model; call detach_rose(model) before attaching it again."
             )
-        self.host = host
-        self.model = model
+        self.host: nn.Module = host
+        self.model: nn.Module = model
         self.config = config
         self.units: list[Unit] = find_units(model, config)
         self.state = SelectionState([unit.name for unit in self.units])
@@ -149,8 +149,10 @@ class RoseSelector:
         return unloaded
 
     def _first_tuner_layer(self) -> tuple[str, nn.Module] | None:
-        layers = ((name, m) for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
-        return next(layers, None)
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                return name, module
+        return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model must be steered like the original.
