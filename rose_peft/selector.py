@@ -150,7 +150,7 @@ class RoseSelector:
 
     def _first_tuner_layer(self) -> tuple[str, nn.Module] | None:
         for name, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
                 return name, module
         return None
 
