@@ -114,6 +114,7 @@ def run_attacks(
     overwrite: bool = False,
     progress: bool = True,
     method: str = "model",
+    task: str | None = None,
     training_seed: int = 0,
     report: Callable[[str], None] = logger.warning,
     **options: Any,
@@ -137,6 +138,7 @@ def run_attacks(
         overwrite: Start again where records are found instead of continuing.
         progress: Show a progress bar.
         method: Name of the model in the result file.
+        task: Name of the task in the result file; None for the name of the data.
         training_seed: Seed that the model was trained with, for the result file.
         report: Called with one line for each recipe that cannot run, before any other starts.
         options: Passed to `Predictor`: batch_size, max_length, bf16.
@@ -186,7 +188,7 @@ def run_attacks(
     _write_table(records, sample, folder)
     Result(
         method=method,
-        task=examples.name,
+        task=task or examples.name,
         seed=training_seed,
         figures=done.figures(),
         config={**run, "num_examples": len(sample), "unavailable": unavailable},
