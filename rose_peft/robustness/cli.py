@@ -30,6 +30,9 @@ class DataArguments:
             "Default: the hub data sets nyu-mll/glue and AI-Secure/adv_glue."
         },
     )
+    split: str | None = field(
+        default=None, metadata={"help": "With task: another split than the evaluation split, such as train."}
+    )
     data_file: str | None = field(
         default=None, metadata={"help": "Instead of a task: a .parquet, .csv, .tsv, .json or .jsonl file."}
     )
@@ -52,8 +55,10 @@ class DataArguments:
         if self.task is not None:
             if self.text_columns or self.label_names:
                 raise DataError("text_columns and label_names describe a data_file; a task knows its own.")
-            return load_glue(self.task, self.data_dir)
+            return load_glue(self.task, self.data_dir, self.split)
         assert self.data_file is not None
+        if self.split is not None or self.data_dir is not None:
+            raise DataError("split and data_dir belong to a task; a data_file is read whole.")
         if not self.text_columns:
             raise DataError(f"data_file={self.data_file!r} needs --text_columns.")
         return load_file(self.data_file, self.text_columns, self.label_column, self.label_names or None)

@@ -331,19 +331,22 @@ def plot_surfaces(
     if len({surface.dimensions for surface in surfaces.values()}) > 1:
         raise RobustnessError("surfaces mix lines and planes; plot them apart.")
     if next(iter(surfaces.values())).dimensions == 1:
-        figure = Canvas(figsize=(6.5, 4.2), layout="constrained")
+        figure = Canvas(figsize=(6.5, 5.0), layout="constrained")
         axes = figure.subplots()
         for name, surface in surfaces.items():
             axes.plot(surface.steps, surface.losses, marker="o", markersize=2.5, label=name)
         if ceiling is not None:
             axes.set_ylim(top=ceiling)
-        axes.set_xlabel("step along a filter-normalised random direction\n(1: every filter moved by its own length)")
+        axes.set_xlabel("step along direction 1")
         axes.set_ylabel("mean cross-entropy loss (nats)")
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize=9)
+        figure.legend(loc="outside lower center", ncols=min(4, len(surfaces)), fontsize=9)
     else:
         figure = _plot_planes(surfaces, ceiling)
-    figure.suptitle(title)
+    figure.suptitle(
+        f"{title}\nrandom directions, filter-normalised\n(a step of 1 moves every filter by its own length)",
+        fontsize=10,
+    )
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -366,7 +369,7 @@ def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Pict
     if high <= low:
         high = low + 1e-6
     levels = np.linspace(low, high, 25)
-    figure = Canvas(figsize=(3.1 * count + 1.0, 6.2), layout="constrained")
+    figure = Canvas(figsize=(3.1 * count + 1.2, 6.4), layout="constrained")
     shared: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
     contours: Any = None
     flat = []
@@ -376,19 +379,21 @@ def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Pict
         relief = figure.add_subplot(2, count, column + 1, projection="3d")
         relief.plot_surface(across, along, grid, rstride=1, cstride=1, linewidth=0, antialiased=True, **shared)
         relief.set_zlim(low, high)
+        relief.set_zlabel("loss", fontsize=8, labelpad=0)
         relief.set_title(f"{name}\nloss at the weights {surface.centre:.3f}", fontsize=10)
         relief.tick_params(labelsize=7, pad=-2)
         plane = figure.add_subplot(2, count, count + column + 1)
         contours = plane.contourf(across, along, grid, levels=levels, **shared)
         plane.contour(across, along, grid, levels=levels[::3], colors="white", linewidths=0.4)
-        plane.plot(0, 0, marker="+", color="red", markersize=8)
+        plane.plot(0, 0, marker="+", color="red", markersize=8, linestyle="", label="the model")
         plane.set_aspect("equal")
         plane.tick_params(labelsize=8)
         plane.set_xlabel("step along direction 1", fontsize=9)
         if column == 0:
             plane.set_ylabel("step along direction 2", fontsize=9)
+            plane.legend(loc="upper left", fontsize=7, framealpha=0.8)
         flat.append(plane)
-    label = "mean cross-entropy loss (nats)" + (f", {high:g} and above alike" if ceiling is not None else "")
-    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15)
+    label = "mean cross-entropy loss (nats)" + (f"\n{high:g} and above look alike" if ceiling is not None else "")
+    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15, format="%.2f")
     bar.ax.tick_params(labelsize=8)
     return figure

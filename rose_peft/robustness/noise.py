@@ -340,10 +340,10 @@ def plot_curves(
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_xlabel("share of words hit", fontsize=9)
     for axes in list(figure.axes)[len(kinds) :]:
         axes.set_visible(False)
     figure.suptitle("Accuracy under noise")
-    figure.supxlabel("share of words hit", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)

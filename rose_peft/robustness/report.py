@@ -206,8 +206,9 @@ def _scale(name: str) -> float:
     return 100.0 if name.rpartition("/")[2] in _SHARES else 1.0
 
 
-def _number(value: float) -> str:
-    return f"{value:.1f}" if 1 <= abs(value) < 1000 or value == 0 else f"{value:.3g}"
+def _number(value: float, name: str, sign: str = "") -> str:
+    """Format a figure that is scaled already: one decimal for per cent, three digits for the rest."""
+    return f"{value:{sign}.1f}" if _scale(name) == 100.0 else f"{value:{sign}.3g}"
 
 
 def _title(name: str) -> str:
@@ -230,17 +231,17 @@ def _summary_table(results: Sequence[Result], methods: Sequence[str]) -> list[st
         cells = []
         for method in present:
             values = [_scale(name) * value for value in _values(results, method, name).values()]
-            cells.append(_mean_and_spread(values, counts[method]))
+            cells.append(_mean_and_spread(values, counts[method], name))
         lines.append(_row([_title(name), *cells]))
     return lines
 
 
-def _mean_and_spread(values: Sequence[float], expected: int) -> str:
+def _mean_and_spread(values: Sequence[float], expected: int, name: str) -> str:
     if not values:
         return "-"
-    text = _number(statistics.fmean(values))
+    text = _number(statistics.fmean(values), name)
     if len(values) > 1:
-        text += f" ± {_number(statistics.stdev(values))}"
+        text += f" ± {_number(statistics.stdev(values), name)}"
     return text + (f" (n={len(values)})" if len(values) != expected else "")
 
 
@@ -281,9 +282,9 @@ def _difference_table(results: Sequence[Result], methods: Sequence[str], baselin
                 continue
             interval, count = found
             value, low, high = (_scale(name) * part for part in interval)
-            text = f"{value:+.3g}"
+            text = _number(value, name, "+")
             if count > 1:
-                text += f" [{low:+.3g}, {high:+.3g}]"
+                text += f" [{_number(low, name, '+')}, {_number(high, name, '+')}]"
                 # Over three seeds the interval excludes zero whenever all three agree, one time in four by chance.
                 text = f"**{text}**" if (low > 0 or high < 0) and count >= _FEW else text
             cells.append(f"{text} ({count})")
@@ -314,7 +315,7 @@ def _cost_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
         cells = []
         for name in names:
             values = [result.cost[name] for result in of_method if result.cost.get(name) is not None]
-            cells.append(_number(statistics.fmean(values)) if values else "-")
+            cells.append(f"{statistics.fmean(values):.3g}" if values else "-")
         lines.append(_row([method, *cells]))
     return [*lines, ""]
 
@@ -391,7 +392,7 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
                 [statistics.fmean(across)], [statistics.fmean(along)], s=90, edgecolor="black", zorder=3, **style
             )
             shown[method] = Line2D([], [], linestyle="", markeredgecolor="black", markersize=8, **style)
-        axes.set_title(_title(name).removesuffix(" (%)"), fontsize=10)
+        axes.set_title(_panel_title(name), fontsize=10)
         axes.set_xlabel("clean accuracy (%)", fontsize=9)
         axes.set_ylabel("robust accuracy (%)", fontsize=9)
         axes.grid(alpha=0.3)
@@ -401,6 +402,12 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
     figure.suptitle(f"Clean against robust accuracy, {task}\nlarge: mean over seeds, small: one seed", fontsize=11)
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
     return figure
+
+
+def _panel_title(name: str) -> str:
+    """Name what the texts went through."""
+    fixed = {"adv_glue/accuracy": "AdvGLUE", "noise/mean/accuracy": "noise, mean of all kinds and rates"}
+    return fixed.get(name) or f"attack: {name.split('/')[1]}"
 
 
 def _plot_noise(results: Sequence[Result], methods: Sequence[str], task: str) -> Picture | None:
