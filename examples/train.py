@@ -11,11 +11,14 @@ A run can be killed at any moment and continued with --resume.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from arguments import InputError, Parser, TrainArguments
 from checkpoint import NOTE
 from data import TextData, load_text
@@ -55,12 +58,22 @@ def table(results: list[dict[str, Any]], robust_name: str) -> str:
     return "\n".join(lines)
 
 
+def join_processes() -> PartialState:
+    """Join the processes that were started with this one.
+
+    Left to itself, Accelerate takes each of several CPU processes for the only one, and all would write to one folder.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
+    return PartialState(cpu=on_cpu)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, or 2 after one line that says what to change."""
     args = Parser().parse(argv)
     logging.set_verbosity_error()
     disable_progress_bars()
-    state = PartialState()
+    state = join_processes()
     try:
         args.check()
         with state.main_process_first():  # the others find the data in the cache

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
@@ -518,3 +519,64 @@ def test_the_demo_data_is_what_it_says() -> None:
     assert cue_agreement("train") > 0.9 and cue_agreement("validation") > 0.85 and cue_agreement("robust") < 0.15
     trained = " ".join(splits["train"]["sentence"]).split()
     assert not set(trained) & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
+
+
+def _torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(ROOT / "examples" / "train.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.distributed
+def test_two_processes_count_every_example_once_and_agree_on_errors(inputs: dict[str, str], tmp_path: Path) -> None:
+    # 47 examples for two processes: one of them gets a padded batch, which must not count.
+    odd = demo_data.demo_splits(96, 47)
+    files = []
+    for option, split in (("--train_file", "train"), ("--validation_file", "validation")):
+        odd[split].to_parquet(tmp_path / f"{split}.parquet")
+        files += [option, str(tmp_path / f"{split}.parquet")]
+    output = tmp_path / "run"
+    command = options(inputs, output, *files, "--epochs", "1")
+    done = _torchrun(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("models, results.json and masks.png") == 1
+    results = json.loads((output / "results.json").read_text())
+    assert results["processes"] == 2 and results["steps"] == 3 and results["best"]["clean"]["n"] == 47
+    assert results["best"]["robust"]["n"] == 48
+    for more, message in (((), "holds another run"), (("--resume", "--seed", "1"), "seed=1 differs from 0")):
+        refused = _torchrun([*command, *more])
+        lines = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+        assert refused.returncode != 0 and len(lines) == 1 and message in lines[0]
+    assert train.main([*command, "--resume"]) == 2  # by one process
+
+
+@pytest.mark.distributed
+def test_the_demo_runs_on_two_processes(inputs: dict[str, str], tmp_path: Path) -> None:
+    done = _torchrun(
+        [
+            "--model_name_or_path",
+            inputs["model"],
+            "--output_dir",
+            str(tmp_path),
+            "--epochs",
+            "1",
+            "--max_train_samples",
+            "64",
+        ]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ensemble") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_the_config(path: Path) -> None:
+    assert path.read_text().startswith("# "), "says when to take it"
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == {"single_gpu_fp16": "fp16", "cpu": "no", "multi_cpu": "no"}.get(path.stem, "bf16")
