@@ -377,7 +377,7 @@ def test_bad_files_are_named(
 ) -> None:
     model = ("--model_name_or_path", inputs["model"], "--output_dir", str(tmp_path / "run"))
     assert train.main([*model, *_csv(tmp_path, train_rows, GOOD_ROWS), *more]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error:"))
     assert message in line
 
 
@@ -410,7 +410,7 @@ def test_an_unknown_option_is_named(
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         train.main(["--output_dir", str(tmp_path / "run"), *more])
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error:"))
     assert exit_.value.code == 2 and message in line
 
 
@@ -431,7 +431,7 @@ def test_a_truncated_model_and_an_adapter_that_does_not_fit_are_named(
             file.write_text(json.dumps({"peft_type": peft_type, "target_modules": ["nothing_like_that"]}))
             more = ("--adapter", str(file), "--strategy", strategy)
             assert train.main(options(inputs, tmp_path / "run", *more)) == 2
-            (line,) = capsys.readouterr().err.splitlines()
+            (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error:"))
             assert message in line
     assert not (tmp_path / "run").exists()
 
