@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import NoReturn
+
+from peft import PeftConfig
+from transformers import HfArgumentParser
+
+from rose_peft import ROSEConfig
 
 STRATEGIES = ("none", "first_order", "second_order", "ensemble")
 PRECISIONS = ("no", "bf16", "fp16")
+SCHEDULERS = ("linear", "cosine", "constant_with_warmup")
+# What each number must be, as (test, words for it); every one must be finite besides.
+BOUNDS = {
+    "epochs": (lambda value: value >= 1, "at least 1"),
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "gradient_accumulation_steps": (lambda value: value >= 1, "at least 1"),
+    "max_length": (lambda value: value >= 1, "at least 1"),
+    "max_train_samples": (lambda value: value >= 1, "at least 1; leave it out for all"),
+    "save_steps": (lambda value: value >= 0, "at least 0; 0 saves at the end of epochs only"),
+    "learning_rate": (lambda value: value > 0, "above 0"),
+    "weight_decay": (lambda value: value >= 0, "at least 0"),
+    "adam_beta1": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "adam_beta2": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "adam_epsilon": (lambda value: value >= 0, "at least 0"),
+    "warmup_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "max_grad_norm": (lambda value: value >= 0, "at least 0; 0 does not clip"),
+}
 
 
 class InputError(ValueError):
     """Something the user passed cannot work; the message names it, its value and the way out."""
+
+
+def reason(error: BaseException) -> str:
+    """First line of an error of a library, to quote in an `InputError`."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 @dataclass
@@ -20,23 +50,23 @@ class TrainArguments:
     task: str | None = field(
         default=None,
         metadata={
-            "help": "GLUE task: sst2, cola, mrpc, qqp, mnli, qnli, rte, wnli. Gives the column names and, without "
+            "help": "GLUE task: sst2, cola, mrpc, qqp, mnli, mnli-mm, qnli, rte, wnli. Gives the columns and, without "
             "data_dir or files, the hub data sets (nyu-mll/glue, AI-Secure/adv_glue). Without task and files the "
-            "embedded demo runs."
+            "embedded demo runs: plain training first, then the strategy."
         },
     )
     data_dir: str | None = field(
         default=None,
         metadata={
             "help": "Folder with glue/TASK/{train,validation}.parquet and, if there is one, "
-            "adv_glue/adv_TASK/validation.parquet. Needs task."
+            "adv_glue/adv_TASK/validation.parquet, which goes with train_file and validation_file too. Needs task."
         },
     )
-    train_file: str | None = field(default=None, metadata={"help": "Training file: .parquet, .csv or .json(l)."})
+    train_file: str | None = field(default=None, metadata={"help": "Training file: .parquet, .csv, .json or .jsonl."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation file, of the same columns."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the text, if not the task's."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text."})
-    label_column: str = field(default="label", metadata={"help": "Column of the labels: integers from 0, or names."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the text, where it is not the task's."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, for pairs."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels: 0, 1, ..., or names."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on that many examples, drawn with seed 0 whatever --seed is."}
     )
@@ -89,22 +119,28 @@ class TrainArguments:
 
         Raises:
             InputError: Naming the option, its value and the way out.
+            RoseConfigError: Likewise, for an option of ROSE.
         """
         if self.strategy not in STRATEGIES:
             raise InputError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
+        if self.lr_scheduler not in SCHEDULERS:
+            raise InputError(f"lr_scheduler={self.lr_scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}.")
         if self.mixed_precision not in (None, *PRECISIONS):
             raise InputError(f"mixed_precision={self.mixed_precision!r}; choose one of {', '.join(PRECISIONS)}.")
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1.")
-        if self.max_train_samples is not None and self.max_train_samples < 1:
-            raise InputError(f"max_train_samples={self.max_train_samples} must be at least 1; leave it out for all.")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate={self.learning_rate} must be above 0.")
+        for name, (holds, words) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise InputError(f"{name}={value} must be {words}.")
+        self.rose_config()
         if (self.train_file is None) != (self.validation_file is None):
             raise InputError("train_file and validation_file go together; pass both.")
         if self.data_dir is not None and self.task is None:
             raise InputError(f"data_dir={self.data_dir!r} needs --task, which names the folders in it.")
+        for name in ("text_column", "text_pair_column"):
+            if self.is_demo and getattr(self, name) is not None:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} needs --task, or --train_file and --validation_file."
+                )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other; pass one.")
 
@@ -112,3 +148,44 @@ class TrainArguments:
     def is_demo(self) -> bool:
         """Whether nothing says what to train on."""
         return self.task is None and self.train_file is None
+
+    def rose_config(self, base_config: PeftConfig | None = None) -> ROSEConfig | None:
+        """Make the config that the options of ROSE describe; None for plain training.
+
+        Args:
+            base_config: Adapter that ROSE steers; None for full fine-tuning.
+
+        Raises:
+            RoseConfigError: If an option of ROSE cannot work.
+        """
+        if self.strategy == "none":
+            return None
+        return ROSEConfig(
+            task_type="SEQ_CLS",
+            strategy=self.strategy,  # type: ignore[arg-type]
+            upper_quantile=self.upper_quantile,
+            lower_quantile=self.lower_quantile,
+            gamma=self.gamma,
+            warmup_steps=self.rose_warmup_steps,
+            dropout=self.dropout,
+            base_config=base_config,
+        )
+
+
+class Parser(HfArgumentParser):
+    """Parser whose complaints are one line, and which takes no abbreviations (`--lr` is not `--lr_scheduler`)."""
+
+    def __init__(self) -> None:
+        super().__init__(TrainArguments, description=TrainArguments.__doc__, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2 after one line."""
+        self.exit(2, f"error: {message}; --help lists all options.\n")
+
+    def parse(self, argv: list[str] | None = None) -> TrainArguments:
+        """Read options from `argv`, or from the command line."""
+        args, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            near = get_close_matches(unknown[0], self._option_string_actions, n=1)
+            self.error(f"{unknown[0]!r} is no option" + (f", did you mean {near[0]}?" if near else ""))
+        return args

@@ -6,35 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arguments import InputError, TrainArguments
+from arguments import InputError, TrainArguments, reason
 from datasets import ClassLabel, Dataset, load_dataset
 from demo_data import demo_splits
 
-# Text columns per GLUE task, and the name of its validation split.
-TASKS: dict[str, tuple[str, str | None]] = {
-    "sst2": ("sentence", None),
-    "cola": ("sentence", None),
-    "mrpc": ("sentence1", "sentence2"),
-    "qqp": ("question1", "question2"),
-    "mnli": ("premise", "hypothesis"),
-    "qnli": ("question", "sentence"),
-    "rte": ("sentence1", "sentence2"),
-    "wnli": ("sentence1", "sentence2"),
-}
-WITH_ADV_GLUE = ("sst2", "qqp", "mnli", "qnli", "rte")
+from rose_peft.robustness.data import TASKS
+
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Checked splits with integer labels in the column `label`.
+    """Checked splits with the columns `text`, `text_pair` (for pairs) and `label` (an integer).
 
     Args:
         train: Training split.
         validation: Validation split.
         robust: Adversarial or robust test, if there is one.
         robust_name: What it is called in tables.
-        columns: Text column, and the second one or None.
         labels: Names of the labels, in order.
     """
 
@@ -42,7 +31,6 @@ class TextData:
     validation: Dataset
     robust: Dataset | None
     robust_name: str
-    columns: tuple[str, str | None]
     labels: list[str]
 
 
@@ -52,44 +40,75 @@ def load_text(args: TrainArguments) -> TextData:
     Raises:
         InputError: If files, columns or labels are missing or wrong.
     """
-    robust: Dataset | None = None
-    if args.is_demo:
-        splits = demo_splits()
-        train, validation, robust = splits["train"], splits["validation"], splits["robust"]
-        columns: tuple[str, str | None] = ("sentence", None)
-    else:
-        columns = _columns(args)
-        if args.train_file is not None and args.validation_file is not None:
-            train, validation = _read(args.train_file, "train_file"), _read(args.validation_file, "validation_file")
-        else:
-            train, validation, robust = _glue(args)
-    for name, split in (("training", train), ("validation", validation), ("robust", robust)):
-        if split is not None:
-            _check_columns(name, split, columns, args.label_column)
-    names = _label_names(train, args.label_column)
-    if args.max_train_samples is not None and args.max_train_samples < len(train):
-        train = train.shuffle(seed=0).select(range(args.max_train_samples))
+    columns = _columns(args)
+    splits = {name: split for name, split in _splits(args).items() if split is not None}
+    for name, split in splits.items():
+        _check_columns(name, split, columns, args.label_column)
+    names = _label_names(splits["training"], args)
+    if args.max_train_samples is not None and args.max_train_samples < len(splits["training"]):
+        splits["training"] = splits["training"].shuffle(seed=0).select(range(args.max_train_samples))
+    checked = {name: _checked(name, split, columns, args.label_column, names) for name, split in splits.items()}
     return TextData(
-        train=_with_labels("training", train, args.label_column, names),
-        validation=_with_labels("validation", validation, args.label_column, names),
-        robust=_with_labels("robust", robust, args.label_column, names) if robust is not None else None,
+        train=checked["training"],
+        validation=checked["validation"],
+        robust=checked.get("robust", checked.get("AdvGLUE")),
         robust_name="robust" if args.is_demo else "AdvGLUE",
-        columns=columns,
         labels=names,
     )
 
 
 def _columns(args: TrainArguments) -> tuple[str, str | None]:
-    if args.text_column is not None:
-        return args.text_column, args.text_pair_column
-    if args.task is None:
-        raise InputError("text_column is missing: files without --task need --text_column.")
-    if args.task not in TASKS:
+    """Names of the text columns: the user's, else the task's."""
+    if args.is_demo:
+        return "sentence", None
+    if args.task is not None and args.task not in TASKS and args.text_column is None:
         raise InputError(
             f"task={args.task!r} is unknown; choose one of {', '.join(TASKS)}, or pass --train_file, "
             "--validation_file and --text_column."
         )
-    return TASKS[args.task]
+    if args.text_column is not None:
+        return args.text_column, args.text_pair_column
+    if args.task is None:
+        raise InputError("text_column is missing: files without --task need --text_column.")
+    first, *rest = TASKS[args.task].text_columns
+    return first, args.text_pair_column or next(iter(rest), None)
+
+
+def _splits(args: TrainArguments) -> dict[str, Dataset | None]:
+    if args.is_demo:
+        splits = demo_splits()
+        return {"training": splits["train"], "validation": splits["validation"], "robust": splits["robust"]}
+    if args.train_file is not None and args.validation_file is not None:
+        train, validation = _read(args.train_file, "train_file"), _read(args.validation_file, "validation_file")
+    else:
+        train, validation = _glue(args)
+    return {"training": train, "validation": validation, "AdvGLUE": _adv_glue(args)}
+
+
+def _glue(args: TrainArguments) -> tuple[Dataset, Dataset]:
+    if args.data_dir is not None:
+        folder = Path(args.data_dir) / "glue" / str(args.task)
+        train, validation = folder / "train.parquet", folder / "validation.parquet"
+        return _read(str(train), "data_dir"), _read(str(validation), "data_dir")
+    task = TASKS.get(str(args.task))
+    if task is None:
+        raise InputError(
+            f"task={args.task!r} is not on the hub; pass --data_dir, or --train_file and --validation_file."
+        )
+    hub = [_hub(args, "nyu-mll/glue", task.glue_config, split) for split in ("train", task.validation_split)]
+    return hub[0], hub[1]
+
+
+def _adv_glue(args: TrainArguments) -> Dataset | None:
+    """AdvGLUE where the task has it: from `data_dir`, or from the hub for data from the hub."""
+    task = TASKS.get(str(args.task))
+    if args.data_dir is not None:
+        name = task.adv_config if task is not None and task.adv_config is not None else f"adv_{args.task}"
+        file = Path(args.data_dir) / "adv_glue" / name / "validation.parquet"
+        return _read(str(file), "data_dir") if file.is_file() else None
+    if task is None or task.adv_config is None or args.train_file is not None:
+        return None
+    return _hub(args, "AI-Secure/adv_glue", task.adv_config, "validation")
 
 
 def _read(path: str, option: str) -> Dataset:
@@ -101,68 +120,88 @@ def _read(path: str, option: str) -> Dataset:
     try:
         return load_dataset(FORMATS[file.suffix], data_files={"data": str(file)}, split="data")
     except Exception as error:  # each reader has its own errors, none of which names the option
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"{option}={path!r} cannot be read ({reason}); check that it is whole.") from error
+        why = reason(error.__cause__ or error)
+        if "corresponds to no data" in why:  # a head line alone
+            raise InputError(f"{option}={path!r} is empty; pass a file with at least one row.") from error
+        raise InputError(f"{option}={path!r} cannot be read ({why}); check that it is whole.") from error
 
 
-def _glue(args: TrainArguments) -> tuple[Dataset, Dataset, Dataset | None]:
-    assert args.task is not None
-    if args.data_dir is not None:
-        root = Path(args.data_dir)
-        train = _read(str(root / "glue" / args.task / "train.parquet"), "data_dir")
-        validation = _read(str(root / "glue" / args.task / "validation.parquet"), "data_dir")
-        adversarial = root / "adv_glue" / f"adv_{args.task}" / "validation.parquet"
-        return train, validation, _read(str(adversarial), "data_dir") if adversarial.is_file() else None
-    split = "validation_matched" if args.task == "mnli" else "validation"
-    train = _hub("nyu-mll/glue", args.task, "train")
-    validation = _hub("nyu-mll/glue", args.task, split)
-    robust = _hub("AI-Secure/adv_glue", f"adv_{args.task}", "validation") if args.task in WITH_ADV_GLUE else None
-    return train, validation, robust
-
-
-def _hub(path: str, name: str, split: str) -> Dataset:
+def _hub(args: TrainArguments, path: str, name: str, split: str) -> Dataset:
     try:
         return load_dataset(path, name, split=split)
     except Exception as error:  # the hub client raises many kinds
-        reason = str(error).strip().splitlines()[0][:120]
         raise InputError(
-            f"task={name!r}: {path} cannot be loaded from the hub ({reason}); pass --data_dir, or --train_file and "
-            "--validation_file."
+            f"task={args.task!r}: {path} ({name}) cannot be loaded from the hub ({reason(error)}); for local files "
+            "pass --data_dir, or --train_file and --validation_file."
         ) from error
 
 
 def _check_columns(split: str, data: Dataset, columns: tuple[str, str | None], label_column: str) -> None:
-    for option, column in (("text_column", columns[0]), ("text_pair_column", columns[1]), ("label_column", label_column)):
-        if column is not None and column not in data.column_names:
-            raise InputError(
-                f"{option}={column!r} is not a column of the {split} data, which has {', '.join(data.column_names)}."
-            )
     if len(data) == 0:
         raise InputError(f"the {split} data is empty; pass a file with at least one row.")
+    for option, column in (
+        ("text_column", columns[0]),
+        ("text_pair_column", columns[1]),
+        ("label_column", label_column),
+    ):
+        if column is not None and column not in data.column_names:
+            raise InputError(
+                f"{option}={column!r} is not a column of the {split} data; pass one of {', '.join(data.column_names)}."
+            )
+    if label_column in columns:
+        raise InputError(f"label_column={label_column!r} is a text column too; pass the column of the labels.")
 
 
-def _label_names(train: Dataset, column: str) -> list[str]:
+def _label_names(train: Dataset, args: TrainArguments) -> list[str]:
+    """Names of the labels in the order of their numbers: the data's own, else the task's, else the numbers."""
+    column = args.label_column
     feature = train.features[column]
+    values = set(train[column])
+    if len(values) < 2:
+        raise InputError(
+            f"label_column={column!r} has a single label ({values.pop()!r}); nothing can be learnt from it."
+        )
     if isinstance(feature, ClassLabel):
         return list(feature.names)
-    values = set(train[column])
     if all(isinstance(value, str) for value in values):
         return sorted(values)
-    if not all(isinstance(value, int) for value in values) or min(values) < 0:
-        odd = next(value for value in values if not isinstance(value, int) or value < 0)
-        raise InputError(f"label_column={column!r} holds {odd!r} in the training data; labels are integers from 0.")
-    return [str(value) for value in range(max(values) + 1)]
+    odd = [value for value in values if not isinstance(value, int) or value < 0]
+    if odd:
+        raise InputError(
+            f"label_column={column!r} holds {odd[0]!r} in the training data; labels are integers from 0, or all names."
+        )
+    if args.task in TASKS:
+        return list(TASKS[args.task].label_names)
+    missing = next(value for value in range(len(values) + 1) if value not in values)
+    if missing < len(values):
+        raise InputError(
+            f"label_column={column!r} holds {max(values)} but never {missing} in the training data; number the labels "
+            "0, 1, ... without a gap, or use names."
+        )
+    return [str(value) for value in range(len(values))]
 
 
-def _with_labels(split: str, data: Dataset, column: str, names: list[str]) -> Dataset:
-    values: list[Any] = data[column][:]
-    numbers = [names.index(value) if value in names else value for value in values]
-    for row, number in enumerate(numbers):
-        if not isinstance(number, int) or not 0 <= number < len(names):
+def _checked(
+    split: str, data: Dataset, columns: tuple[str, str | None], label_column: str, names: list[str]
+) -> Dataset:
+    """Bring a split into the layout of `TextData`, after a look at every row."""
+    content: dict[str, list[Any]] = {}
+    for option, column in zip(("text", "text_pair"), columns, strict=True):
+        if column is None:
+            continue
+        content[option] = list(data[column])
+        for row, text in enumerate(content[option]):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{option}_column={column!r} holds {text!r} in row {row} of the {split} data, which is no text; "
+                    "correct it or leave the row out."
+                )
+    numbers = {name: number for number, name in enumerate(names)}
+    labels = [numbers.get(value, value) if isinstance(value, str) else value for value in data[label_column]]
+    for row, label in enumerate(labels):
+        if not isinstance(label, int) or not 0 <= label < len(names):
             raise InputError(
-                f"label_column={column!r} holds {number!r} in row {row} of the {split} data, but the training labels "
-                f"are {', '.join(names)}; correct it or leave the row out."
+                f"label_column={label_column!r} holds {label!r} in row {row} of the {split} data, but the labels are "
+                f"{', '.join(names)}; correct it or leave the row out."
             )
-    if len(names) < 2:
-        raise InputError(f"label_column={column!r} has a single label ({names[0]}); nothing can be learnt from it.")
-    return data.remove_columns([column]).add_column("label", numbers)
+    return Dataset.from_dict({**content, "label": [int(label) for label in labels]})

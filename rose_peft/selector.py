@@ -36,8 +36,10 @@ STATE_KEY = "rose"
 FOREIGN_STEPS = 20
 # Optimizer steps in a row whose risk passes say nothing (not finite, or both outputs equal although there is dropout).
 IDLE_STEPS = 50
-FP16_SCALE = 2.0**16
-MAX_FP16_SCALE = 2.0**24
+# The risk scale keeps half-precision divergence gradients from flushing to zero. It is there for every dtype, because
+# a hook cannot see an autocast around `forward` alone (as Accelerate makes it); powers of two cost no precision.
+MAX_RISK_SCALE = 2.0**24
+RISK_SCALE_GROWTH_STEPS = 200
 
 _live: weakref.WeakSet[RoseSelector] = weakref.WeakSet()
 _optimizer_hooks: list[Any] = []
@@ -65,8 +67,8 @@ class RoseSelector:
             raise AlreadyAttachedError(
                 "ROSE is already attached to this model; call detach_rose(model) before attaching it again."
             )
-        self.host = host
-        self.model = model
+        self.host: nn.Module = host
+        self.model: nn.Module = model
         self.config = config
         self.units: list[Unit] = find_units(model, config)
         self.state = SelectionState([unit.name for unit in self.units])
@@ -88,11 +90,11 @@ class RoseSelector:
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
         self._engine_checked = False
-        # Which of both is called differs: PEFT's models for a task call the tuner, a PeftModel without a task type
-        # calls the base model past it, and a tuner may call the base model's `forward` past the hooks.
-        self._model_passed = False
         self._handles: list[Any] = []
-        for module in dict.fromkeys((host, model)):
+        # PeftModel without a task type calls the model, with one the tuner, whose forward goes past the hooks of the
+        # model (peft 0.18) or not (0.21): both have hooks, and the outer one rests where the inner one acted.
+        self._inner_acted = False
+        for module in [host] if host is model else [host, model]:
             self._handles.append(module.register_forward_pre_hook(self._before_forward))
             if self.needs_risk_pass:
                 self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
@@ -107,6 +109,18 @@ class RoseSelector:
     def statistics(self) -> RoseStatistics:
         """What ROSE did so far; cheap, asks no device."""
         return self.state.statistics()
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take over the state saved in an optimizer now; without this call its next step does so.
+
+        Args:
+            optimizer: One that holds the units, as loaded; with no state of ROSE in it nothing happens.
+        """
+        groups = owned_groups(optimizer)
+        for _, param in self._parameters():
+            if STATE_KEY in groups.get(id(param), {}):
+                self._adopt_state(groups[id(param)])
+                return
 
     def detach(self) -> None:
         """Take every hook off and put the model's own dropout back."""
@@ -135,8 +149,10 @@ class RoseSelector:
         return unloaded
 
     def _first_tuner_layer(self) -> tuple[str, nn.Module] | None:
-        layers = ((name, m) for name, m in self.model.named_modules() if isinstance(m, BaseTunerLayer))
-        return next(layers, None)
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
+                return name, module
+        return None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model must be steered like the original.
@@ -201,7 +217,7 @@ class RoseSelector:
     @torch.compiler.disable
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if module is self.host:
-            self._model_passed = False
+            self._inner_acted = False
         if not module.training:
             return
         if not self._engine_checked or getattr(module, "_is_replica", False):
@@ -216,10 +232,9 @@ class RoseSelector:
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_risk_pass or not module.training or not torch.is_grad_enabled():
             return None
-        if module is self.model:
-            self._model_passed = True
-        elif self._model_passed:  # the call went through the base model's own hook
+        if module is self.host and self._inner_acted:
             return None
+        self._inner_acted = module is not self.host
         parameters = self._parameters()
         if not parameters:
             return None
@@ -264,9 +279,8 @@ class RoseSelector:
         def seen(grad: Tensor) -> None:
             self._backward_seen = True
 
-        loss = loss_of(output)
-        tensors = [loss] if loss is not None else [t for t in _tensors(output) if t.requires_grad]
-        for tensor in tensors:
+        # Not only the loss: with label smoothing or distillation users make their own from the logits.
+        for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(seen)
 
@@ -285,7 +299,7 @@ class RoseSelector:
             self._counts = self._counts * alive
 
     def _accumulate_risk(self, parameters: list[tuple[int, Tensor]], value: Tensor, equal: Tensor) -> None:
-        scale = self._risk_scale(value, parameters)
+        scale = float(self.state.risk_scale)
         gradients = torch.autograd.grad(
             value * scale, [param for _, param in parameters], retain_graph=True, allow_unused=True
         )
@@ -306,16 +320,6 @@ class RoseSelector:
         square_sums = torch.where(finite, square_sums, torch.zeros_like(square_sums))
         self._square_sum = square_sums if self._square_sum is None else self._square_sum + square_sums
         self._counts = counts if self._counts is None else self._counts + counts
-
-    def _risk_scale(self, value: Tensor, parameters: list[tuple[int, Tensor]]) -> float:
-        """Scale that keeps half-precision divergence gradients from flushing to zero; the ranking does not see it."""
-        device = value.device.type
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if not half and not any(param.dtype == torch.float16 for _, param in parameters):
-            return 1.0
-        if float(self.state.risk_scale) == 1.0:
-            self.state.risk_scale.fill_(FP16_SCALE)
-        return float(self.state.risk_scale)
 
     def _per_unit(self, tensors: list[tuple[int, Tensor]], device: torch.device) -> Tensor:
         """Sum squared norms per unit in a fixed order: float64 [U]."""
@@ -355,19 +359,20 @@ class RoseSelector:
         masks = self._masks(optimizer, groups, stepping, loss_scale)
         names = [unit.name for unit in self.units]
         distributed.check_equal_on_ranks(names, masks, stepping[0][1].device)
-        step = MaskedStep()
+        self._stepped_gradient.put(stepping)
+        step = MaskedStep(optimizer)
         shares, rests = masks.tolist(), (1 - masks).tolist()
-        for index, param in stepping:
-            if shares[index] < 1:
+        try:
+            for index, param in stepping:
                 rule = momentum_rule(optimizer, groups[id(param)])
-                momentum = momentum_of(optimizer, param, rule) if rule is not None else None
-                stationary = rule.stationary * loss_scale if rule is not None else 0.0
-                step.blend(param, shares[index], rests[index], momentum, stationary)
+                step.blend(param, shares[index], rests[index], rule, loss_scale)
+        except UnsupportedOptimizerError:
+            step.give_back()
+            raise
         self._pending = (optimizer, step)
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient.put(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
@@ -528,9 +533,10 @@ class RoseSelector:
 
     def _notice_idle_step(self, finite: float, skipped: float, equal: float) -> None:
         self.state.skipped.add_(int(skipped))
-        scale = self.state.risk_scale
-        if float(scale) != 1.0:
-            scale.copy_((scale / 2).clamp(min=2.0) if skipped else (scale * 1.005).clamp(max=MAX_FP16_SCALE))
+        if skipped:
+            self.state.risk_scale.div_(2).clamp_(min=1.0)
+        elif int(self.state.steps) % RISK_SCALE_GROWTH_STEPS == RISK_SCALE_GROWTH_STEPS - 1:
+            self.state.risk_scale.mul_(2).clamp_(max=MAX_RISK_SCALE)
         passes = finite + skipped
         if passes == 0:
             return

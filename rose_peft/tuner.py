@@ -44,8 +44,8 @@ class ROSEModel(BaseTuner):
     tuner_layer_cls = RoseLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an instance variable of BaseTuner)
 
-    def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "", **kwargs: Any) -> Any:
-        if peft_config is None:  # copy and pickle make the object first and fill it later
+    def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        if peft_config is None:  # copy and pickle fill the object in themselves
             return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
         if find_selector(model) is not None:

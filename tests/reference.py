@@ -229,3 +229,49 @@ class Twin:
             eps=self.eps,
         )
         return masks
+
+
+# Other optimizers, one tensor at a time: what a mask means for them ------------------------------------------------
+
+
+def adamw_step(theta, g, memory, w, *, lr, betas, eps, decay, coupled=False, amsgrad=False, maximize=False):
+    """One step of stock Adam (`coupled`) or AdamW under a mask; returns the new parameter.
+
+    The optimizer sees w g + (1 - w) g0, where g0 leaves the momentum as it is, and the share w of its move is kept.
+    A frozen tensor keeps weights and momentum; its second moment goes on (quirk 5 of the reference).
+    """
+    sign = -1 if maximize else 1
+    m, v, t = (
+        memory.get("m", torch.zeros_like(theta)),
+        memory.get("v", torch.zeros_like(theta)),
+        memory.get("t", 0) + 1,
+    )
+    seen = w * g + (1 - w) * sign * m if w > 0 else sign * m
+    seen = sign * seen
+    if coupled:
+        seen = seen + decay * theta
+    m_new = betas[0] * m + (1 - betas[0]) * seen
+    v = betas[1] * v + (1 - betas[1]) * seen * seen
+    v_hat = v / (1 - betas[1] ** t)
+    if amsgrad:
+        memory["v_max"] = torch.maximum(memory.get("v_max", torch.zeros_like(v)), v)
+        v_hat = memory["v_max"] / (1 - betas[1] ** t)
+    start = theta if coupled else theta * (1 - lr * decay)
+    stepped = start - lr * (m_new / (1 - betas[0] ** t)) / (v_hat.sqrt() + eps)
+    memory.update(m=m_new if w > 0 else m, v=v, t=t)
+    return theta + w * (stepped - theta)
+
+
+def sgd_step(theta, g, memory, w, *, lr, momentum, dampening=0.0, nesterov=False, decay=0.0, maximize=False):
+    """One step of stock SGD with momentum under a mask; returns the new parameter."""
+    sign = -1 if maximize else 1
+    buffer = memory.get("m")
+    g0 = torch.zeros_like(g) if buffer is None else buffer * (1 - momentum) / (1 - dampening)
+    seen = (w * sign * g if w > 0 else 0) + (1 - w) * g0 + decay * theta
+    new = seen if buffer is None else momentum * buffer + (1 - dampening) * seen
+    move = seen + momentum * new if nesterov else new
+    if w > 0:
+        memory["m"] = new
+    elif buffer is None:  # a tensor frozen in its first step has a momentum of zero from then on
+        memory["m"] = torch.zeros_like(theta)
+    return theta + w * (-lr * move)

@@ -367,7 +367,7 @@ def in_a_fresh_process(code: str, tmp_path: Path) -> subprocess.CompletedProcess
 
 
 def test_import_before_peft_and_with_warnings_as_errors(tmp_path) -> None:
-    """Importing it after peft is what the other tests do."""
+    """Importing it after peft is what the other tests do; each process costs seconds."""
     code = """
     import sys
     sys.path.insert(0, sys.argv[1])
@@ -375,7 +375,7 @@ def test_import_before_peft_and_with_warnings_as_errors(tmp_path) -> None:
     from peft import PeftType, get_peft_config
     assert pickle.loads(pickle.dumps(PeftType.ROSE)) is PeftType.ROSE
     assert type(get_peft_config({"peft_type": "ROSE"})) is rose_peft.ROSEConfig
-    assert "transformers.trainer" not in sys.modules, "the callback is imported when it is asked for"
+    assert "rose_peft.callbacks" not in sys.modules, "the callback is imported when it is asked for"
     assert rose_peft.RoseCallback.__name__ == "RoseCallback"
     """
     root = Path(rose_peft.__file__).parent.parent

@@ -20,6 +20,7 @@ from torch import nn
 
 from .data import Examples
 from .errors import MissingResourceError, RobustnessError
+from .homoglyphs import HOMOGLYPHS
 from .predict import Predictor
 from .results import Figure, share_figure
 
@@ -32,15 +33,6 @@ _KEYS = "qwertyuiopasdfghjklzxcvbnm"
 # In the order of _KEYS, the keys that a finger hits by mistake.
 _BESIDE = "wa qes wrd etf ryg tuh yij uok ipl ol qsz adwx sfec dgrv fhtb gjyn hkum jli kop xas zcsd xvf cbg vnh bmj nk"
 _NEIGHBOURS = dict(zip(_KEYS, _BESIDE.split(), strict=True))
-# Cyrillic letters that most fonts draw like the Latin one (Unicode TR 39 calls them confusable).
-_HOMOGLYPHS = dict(
-    zip(
-        "aceijopsxyhABCEHIKMOPTX",
-        "\u0430\u0441\u0435\u0456\u0458\u043e\u0440\u0455\u0445\u0443\u04bb"
-        "\u0410\u0412\u0421\u0415\u041d\u0406\u041a\u041c\u041e\u0420\u0422\u0425",
-        strict=True,
-    )
-)
 
 _WORD = re.compile(r"\S+")
 
@@ -79,11 +71,11 @@ def _delete(word: str, draw: random.Random) -> str | None:
 
 def _homoglyph(word: str, draw: random.Random) -> str | None:
     """Replace a letter by one of another script that looks the same."""
-    places = [place for place, letter in enumerate(word) if letter in _HOMOGLYPHS]
+    places = [place for place, letter in enumerate(word) if letter in HOMOGLYPHS]
     if not places:
         return None
     place = draw.choice(places)
-    return word[:place] + _HOMOGLYPHS[word[place]] + word[place + 1 :]
+    return word[:place] + draw.choice(HOMOGLYPHS[word[place]]) + word[place + 1 :]
 
 
 def _case(word: str, draw: random.Random) -> str | None:
@@ -348,10 +340,10 @@ def plot_curves(
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_xlabel("share of words hit", fontsize=9)
     for axes in list(figure.axes)[len(kinds) :]:
         axes.set_visible(False)
     figure.suptitle("Accuracy under noise")
-    figure.supxlabel("share of words hit", fontsize=10)
     figure.supylabel("accuracy", fontsize=10)
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)

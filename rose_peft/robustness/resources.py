@@ -74,6 +74,20 @@ def textattack_file(path: str, what: str) -> Resource:
     )
 
 
+def textattack_table(path: str) -> Resource:
+    """Describe a file that TextAttack reads from its own folder and that its published package may lack."""
+
+    def present() -> bool:
+        spec = find_spec("textattack")
+        return spec is not None and spec.origin is not None and (Path(spec.origin).parent / path).is_file()
+
+    return Resource(
+        f"TextAttack's file {path}",
+        present,
+        f"its published package lacks it; copy textattack/{path} there from its source repository.",
+    )
+
+
 def hub_model(name: str) -> Resource:
     """Describe a model of the Hugging Face hub."""
 
@@ -112,7 +126,7 @@ def flair_model(name: str) -> Resource:
 
     def present() -> bool:
         root = os.environ.get("FLAIR_CACHE_ROOT") or str(Path.home() / ".flair")
-        return any((Path(root) / "models").glob(f"*{name}*"))
+        return (Path(root) / "models" / name).is_dir()
 
     return Resource(
         f"flair's tagger {name}",

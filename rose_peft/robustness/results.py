@@ -97,7 +97,8 @@ class Result:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to `path`; a reader, or a killed writer, never leaves or sees half a file."""
-        write_json(path, _finite(asdict(self)))
+        # The version comes first, so that it can be read from a truncated file too.
+        write_json(path, _finite({"schema_version": self.schema_version, **asdict(self)}))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

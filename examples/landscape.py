@@ -1,0 +1,119 @@
+"""Loss landscapes of several models side by side, and how sharp their minima are.
+
+    python examples/landscape.py --task sst2 --data_dir DATA --output_dir runs/landscape \
+        --models "before fine-tuning=roberta-base" overfitted=runs/overfitted plain=runs/plain ROSE=runs/rose
+
+One panel per model, all on one scale: the loss on a plane of filter-normalised random directions (Li et al. 2018),
+from the same random draw for all. Writes landscape.png, sharpness.json per model (result files for the report) and
+surfaces.json with the losses. With --dimensions 1 all models share one diagram.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from rose_peft.robustness.cli import DataArguments, RunArguments, fail, named
+from rose_peft.robustness.errors import RobustnessError
+from rose_peft.robustness.landscape import (
+    Surface,
+    classification_batches,
+    classification_loss,
+    hessian_trace,
+    loss_surface,
+    plot_surfaces,
+    worst_loss,
+)
+from rose_peft.robustness.predict import Predictor
+from rose_peft.robustness.results import Figure, Result, write_json
+
+
+@dataclass
+class LandscapeArguments:
+    """What to measure."""
+
+    models: list[str] = field(metadata={"help": "Models as NAME=FOLDER or NAME=HUB_NAME, in the order of the panels."})
+    output_dir: str = field(metadata={"help": "Folder for everything that is written."})
+    num_examples: int = field(default=128, metadata={"help": "Size of the random sample; 0 takes all examples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample and of the directions."})
+    dimensions: int = field(default=2, metadata={"help": "1 for a line, 2 for a plane."})
+    radius: float = field(default=1.0, metadata={"help": "Largest step; at 1 each filter moves by its own length."})
+    points: int = field(default=21, metadata={"help": "Points along each direction, odd."})
+    scope: str = field(
+        default="used", metadata={"help": "'used' moves all weights in use, 'trainable' those that are trained."}
+    )
+    ceiling: float | None = field(default=None, metadata={"help": "Highest loss told apart in the picture."})
+    epsilon: float = field(default=0.005, metadata={"help": "Radius of the ball of the worst loss, over the norm."})
+    ascent_steps: int = field(default=10, metadata={"help": "Steps of the search for the worst loss."})
+    training_seed: int = field(default=0, metadata={"help": "Seed the models were trained with, for result files."})
+    probes: int = field(default=16, metadata={"help": "Random probes of the Hessian's trace; 0 leaves it out."})
+
+
+def measure(name: str, path: str, args: LandscapeArguments, data: DataArguments, run: RunArguments) -> Surface:
+    """Measure one model and write its result file."""
+    examples = data.load().sample(args.num_examples or None, args.seed)
+    model, tokenizer = run.load(path, data.classes(examples))
+    predictor = Predictor.for_examples(model, tokenizer, examples, **run.options())
+    batches, loss = classification_batches(predictor, examples), classification_loss(predictor)
+    sharpness = worst_loss(
+        model,
+        batches,
+        loss,
+        epsilon=args.epsilon,
+        ascent_steps=args.ascent_steps,
+        seed=args.seed,
+        scope=args.scope,
+    )
+    figures = {
+        "landscape/loss": Figure(sharpness.loss, len(examples)),
+        "landscape/worst_loss_increase": Figure(sharpness.increase, len(examples)),
+    }
+    if args.probes:
+        figures["landscape/hessian_trace"] = hessian_trace(
+            model, batches, loss, probes=args.probes, seed=args.seed, scope=args.scope, progress=True
+        )
+    Result(
+        method=name,
+        task=data.task or examples.name,
+        seed=args.training_seed,
+        figures=figures,
+        config={**dataclasses.asdict(args), "model": path, "data": examples.fingerprint()},
+    ).save(Path(args.output_dir) / name / "sharpness.json")
+    print(f"{name}: " + ", ".join(f"{key.partition('/')[2]} {figure}" for key, figure in figures.items()))
+    return loss_surface(
+        model,
+        batches,
+        loss,
+        dimensions=args.dimensions,
+        radius=args.radius,
+        points=args.points,
+        seed=args.seed,
+        scope=args.scope,
+        progress=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and return the exit code: 0, or 2 after one line that says what to change."""
+    parser = HfArgumentParser((LandscapeArguments, DataArguments, RunArguments), description=__doc__)
+    args, data, run = parser.parse_args_into_dataclasses(argv)
+    folder = Path(args.output_dir)
+    surfaces: dict[str, Surface] = {}
+    try:
+        for name, path in named(args.models).items():
+            surfaces[name] = measure(name, path, args, data, run)
+            # After each model, so that a run that is stopped has left something.
+            write_json(folder / "surfaces.json", {key: dataclasses.asdict(value) for key, value in surfaces.items()})
+        plot_surfaces(surfaces, folder / "landscape.png", f"Loss landscape, {data.task or 'own data'}", args.ceiling)
+    except RobustnessError as error:
+        return fail(error)
+    print(f"\nlandscape.png, surfaces.json and a sharpness.json per model: {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

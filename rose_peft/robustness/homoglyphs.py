@@ -1,0 +1,43 @@
+"""Letters that most fonts draw like a Latin one, after Unicode's table of confusables (UTS 39)."""
+
+from __future__ import annotations
+
+# Written as escapes, since nobody could proofread them otherwise. Cyrillic first, then Greek, Armenian and IPA.
+HOMOGLYPHS: dict[str, tuple[str, ...]] = {
+    "a": ("\u0430",),
+    "c": ("\u0441", "\u03f2"),
+    "d": ("\u0501",),
+    "e": ("\u0435",),
+    "g": ("\u0261",),
+    "h": ("\u04bb",),
+    "i": ("\u0456",),
+    "j": ("\u0458", "\u03f3"),
+    "l": ("\u04cf",),
+    "n": ("\u0578",),
+    "o": ("\u043e", "\u03bf", "\u0585"),
+    "p": ("\u0440", "\u03c1"),
+    "q": ("\u051b",),
+    "s": ("\u0455",),
+    "u": ("\u057d",),
+    "v": ("\u0475", "\u03bd"),
+    "w": ("\u051d",),
+    "x": ("\u0445",),
+    "y": ("\u0443",),
+    "A": ("\u0410", "\u0391"),
+    "B": ("\u0412", "\u0392"),
+    "C": ("\u0421",),
+    "E": ("\u0415", "\u0395"),
+    "H": ("\u041d", "\u0397"),
+    "I": ("\u0406", "\u0399"),
+    "J": ("\u0408",),
+    "K": ("\u041a", "\u039a"),
+    "M": ("\u041c", "\u039c"),
+    "N": ("\u039d",),
+    "O": ("\u041e", "\u039f"),
+    "P": ("\u0420", "\u03a1"),
+    "S": ("\u0405",),
+    "T": ("\u0422", "\u03a4"),
+    "X": ("\u0425", "\u03a7"),
+    "Y": ("\u04ae", "\u03a5"),
+    "Z": ("\u0396",),
+}

@@ -1,0 +1,399 @@
+"""Loss landscape and sharpness around a model's weights, in evaluation mode, on a fixed set of examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .data import Examples
+from .directions import (
+    Loss,
+    Scope,
+    filter_normalised_direction,
+    gradients_for,
+    mean_gradient,
+    mean_loss,
+    move,
+    weights_in_use,
+    weights_kept,
+)
+from .errors import RobustnessError
+from .predict import Predictor, evaluating
+from .results import Figure, mean_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+
+def classification_batches(
+    predictor: Predictor, examples: Examples, batch_size: int | None = None
+) -> list[dict[str, Tensor]]:
+    """Tokenize examples once, into batches with their labels, sorted by length.
+
+    Args:
+        predictor: The model with its tokenizer.
+        examples: The data.
+        batch_size: Texts per batch; None for the predictor's.
+    """
+    size = batch_size or predictor.batch_size
+    order = sorted(range(len(examples)), key=lambda position: sum(map(len, examples.texts[position])))
+    batches = []
+    for start in range(0, len(order), size):
+        part = examples.select(order[start : start + size])
+        batches.append({**predictor.encode(part.texts), "labels": torch.tensor(part.labels)})
+    return batches
+
+
+def classification_loss(predictor: Predictor) -> Loss:
+    """Return the loss for `classification_batches`: the cross-entropy of each example."""
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        # The labels stay out of the model: what it does with them (a second pass, a penalty) is not the landscape.
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = predictor.forward(inputs)
+        return functional.cross_entropy(logits, batch["labels"].to(logits.device), reduction="none")
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Losses on a line or plane through the weights.
+
+    Args:
+        steps: Steps along each direction, in multiples of the filter-normalised direction, ascending.
+        losses: Mean loss at each step: a list for a line; for a plane one list per step along the second direction.
+        seed: Seed of the directions.
+    """
+
+    steps: list[float]
+    losses: list[Any]
+    seed: int
+
+    @property
+    def dimensions(self) -> int:
+        """1 for a line, 2 for a plane."""
+        return 2 if isinstance(self.losses[0], list) else 1
+
+    @property
+    def centre(self) -> float:
+        """Loss at the weights themselves."""
+        middle = len(self.steps) // 2
+        return self.losses[middle][middle] if self.dimensions == 2 else self.losses[middle]
+
+
+def loss_surface(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    *,
+    dimensions: int = 2,
+    radius: float = 1.0,
+    points: int = 21,
+    seed: int = 0,
+    scope: Scope = "used",
+    progress: bool = False,
+) -> Surface:
+    """Measure the loss on a line or plane of filter-normalised random directions through the weights.
+
+    Source: Li et al. 2018, https://arxiv.org/abs/1712.09913. The weights are as they were afterwards, to the bit, also
+    when something fails.
+
+    Args:
+        model: The model.
+        batches: Fixed batches; the loss at every point is the mean over all of them.
+        loss: Loss of each example of a batch.
+        dimensions: 1 or 2.
+        radius: Largest step; at 1 every filter has moved by its own length.
+        points: Points along each direction; odd, so that the weights themselves are one of them.
+        seed: Seed of the directions: the same for models of the same shapes.
+        scope: "used" moves all weights that the loss depends on, "trainable" those that require gradients.
+        progress: Show a progress bar.
+
+    Raises:
+        RobustnessError: If an argument is out of range.
+    """
+    from tqdm.auto import tqdm
+
+    if dimensions not in (1, 2):
+        raise RobustnessError(f"dimensions={dimensions}: must be 1 or 2.")
+    if points < 3 or points % 2 == 0:
+        raise RobustnessError(f"points={points}: must be odd and at least 3, to have the weights in the middle.")
+    if not radius > 0:
+        raise RobustnessError(f"radius={radius}: must be positive; 1 moves every filter by its own length.")
+    _need_batches(batches)
+    weights = weights_in_use(model, batches, loss, scope)
+    originals = [weight.detach().clone() for weight in weights]
+    generator = torch.Generator().manual_seed(seed)
+    directions = [filter_normalised_direction(weights, generator) for _ in range(dimensions)]
+    half = points // 2
+    steps = [radius * number / half for number in range(-half, half + 1)]
+    rows = steps if dimensions == 2 else [0.0]
+    bar = tqdm(total=len(rows) * points, desc="loss surface", disable=not progress)
+    table = []
+    with bar, weights_kept(weights):
+        for second in rows:
+            row = []
+            for first in steps:
+                move(weights, originals, list(zip((first, second), directions, strict=False)))
+                row.append(mean_loss(model, batches, loss))
+                bar.update()
+            table.append(row)
+    return Surface(steps, table if dimensions == 2 else table[0], seed)
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """How steeply the loss rises around the weights.
+
+    Args:
+        loss: Loss at the weights.
+        worst_loss: Highest loss found in the ball.
+        increase: `worst_loss - loss`.
+        epsilon: Relative radius of the ball.
+    """
+
+    loss: float
+    worst_loss: float
+    epsilon: float
+
+    @property
+    def increase(self) -> float:
+        """How much the loss rises at worst."""
+        return self.worst_loss - self.loss
+
+
+def worst_loss(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    *,
+    epsilon: float = 0.005,
+    ascent_steps: int = 10,
+    seed: int = 0,
+    scope: Scope = "used",
+) -> Sharpness:
+    """Search the highest loss when every weight tensor may move by a share of its own norm.
+
+    The ball is the one of adversarial weight perturbation (Wu et al. 2020, https://arxiv.org/abs/2004.05884): each
+    tensor moves by at most `epsilon` times its norm, so that rescaling a tensor changes nothing. Projected gradient
+    ascent from a small random start; the result is a lower bound of the true maximum.
+
+    Args:
+        model: The model; its weights are as they were afterwards, to the bit, also when something fails.
+        batches: Fixed batches.
+        loss: Loss of each example of a batch.
+        epsilon: Radius of each tensor's ball over the tensor's norm.
+        ascent_steps: Steps of the ascent, each half the radius long.
+        seed: Seed of the start.
+        scope: See `loss_surface`.
+
+    Raises:
+        RobustnessError: If an argument is out of range.
+    """
+    if not epsilon > 0:
+        raise RobustnessError(f"epsilon={epsilon}: must be positive; it is a share of each tensor's norm.")
+    if ascent_steps < 1:
+        raise RobustnessError(f"ascent_steps={ascent_steps}: must be at least 1.")
+    _need_batches(batches)
+    weights = weights_in_use(model, batches, loss, scope)
+    originals = [weight.detach().clone() for weight in weights]
+    radii = [epsilon * torch.linalg.vector_norm(original.float()) for original in originals]
+    start = mean_loss(model, batches, loss)
+    # At a minimum the gradient is zero and shows no way up, hence not from the weights themselves.
+    generator = torch.Generator().manual_seed(seed)
+    offset = [
+        _of_length(torch.randn(original.shape, generator=generator).to(original.device), 0.01 * radius)
+        for original, radius in zip(originals, radii, strict=True)
+    ]
+    highest = start
+    with weights_kept(weights), gradients_for(model, scope):
+        for _ in range(ascent_steps):
+            move(weights, originals, [(1.0, offset)])
+            here, gradient = mean_gradient(model, batches, loss, weights)
+            highest = max(highest, here)
+            offset = [
+                _within(part + _of_length(slope, 0.5 * radius), radius)
+                for part, slope, radius in zip(offset, gradient, radii, strict=True)
+            ]
+        move(weights, originals, [(1.0, offset)])
+        highest = max(highest, mean_loss(model, batches, loss))
+    return Sharpness(start, highest, epsilon)
+
+
+def _of_length(direction: Tensor, length: Tensor) -> Tensor:
+    """Scale to a length; zeros stay zeros."""
+    norm = torch.linalg.vector_norm(direction)
+    return direction * (length / norm) if norm > 0 else torch.zeros_like(direction)
+
+
+def _within(offset: Tensor, radius: Tensor) -> Tensor:
+    """Project onto the ball."""
+    norm = torch.linalg.vector_norm(offset)
+    return offset * (radius / norm) if norm > radius else offset
+
+
+def hessian_trace(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss,
+    *,
+    probes: int = 16,
+    seed: int = 0,
+    scope: Scope = "used",
+    progress: bool = False,
+) -> Figure:
+    """Estimate the trace of the Hessian of the mean loss by random probes.
+
+    Source: Hutchinson 1990; Yao et al. 2020 (PyHessian), https://arxiv.org/abs/1912.07145. Each probe v has entries
+    +1 and -1 with equal chance, and the mean of v'Hv over probes is an unbiased estimate. Second derivatives need
+    attention without a fused kernel; it is switched for the time being.
+
+    Args:
+        model: The model.
+        batches: Fixed batches.
+        loss: Loss of each example of a batch.
+        probes: Number of probes.
+        seed: Seed of the probes.
+        scope: See `loss_surface`.
+        progress: Show a progress bar.
+
+    Returns:
+        The trace, with the bootstrap interval over probes.
+
+    Raises:
+        RobustnessError: If an argument is out of range.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from tqdm.auto import tqdm
+
+    if probes < 1:
+        raise RobustnessError(f"probes={probes}: must be at least 1; 16 is usual.")
+    _need_batches(batches)
+    weights = weights_in_use(model, batches, loss, scope)
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    with evaluating(model), gradients_for(model, scope), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for _ in tqdm(range(probes), desc="Hessian trace", disable=not progress):
+            probe = [(torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight) for weight in weights]
+            total, count = 0.0, 0
+            for batch in batches:
+                losses = loss(model, batch)
+                gradient = torch.autograd.grad(losses.sum(), weights, create_graph=True, allow_unused=True)
+                pairs = [(part, v) for part, v in zip(gradient, probe, strict=True) if part is not None]
+                slope = torch.stack([(part * v).sum().double() for part, v in pairs]).sum()
+                if slope.requires_grad:  # a loss that is linear in the weights has no second derivative
+                    curved = torch.autograd.grad(slope, weights, allow_unused=True)
+                    total += sum(
+                        float((part.double() * v.double()).sum())
+                        for part, v in zip(curved, probe, strict=True)
+                        if part is not None
+                    )
+                count += losses.numel()
+            values.append(total / count)
+    return mean_figure(values)
+
+
+def _need_batches(batches: Sequence[Any]) -> None:
+    if not len(batches):
+        raise RobustnessError("batches is empty: a loss needs examples.")
+
+
+def plot_surfaces(
+    surfaces: Mapping[str, Surface],
+    path: str | os.PathLike[str] | None = None,
+    title: str = "Loss landscape",
+    ceiling: float | None = None,
+) -> Picture:
+    """Draw the surfaces of several models: planes side by side on one colour scale, lines in one diagram.
+
+    Args:
+        surfaces: Name of each model -> its surface, all lines or all planes.
+        path: Where to save the picture; its ending decides the format. None does not save it.
+        title: Title above all panels.
+        ceiling: Highest loss that is told apart, so that one steep model does not flatten all others; None for the
+            highest there is.
+
+    Raises:
+        RobustnessError: If there is nothing to draw, or lines and planes are mixed.
+    """
+    from matplotlib.figure import Figure as Canvas
+
+    if not surfaces:
+        raise RobustnessError("surfaces is empty: there is nothing to plot.")
+    if len({surface.dimensions for surface in surfaces.values()}) > 1:
+        raise RobustnessError("surfaces mix lines and planes; plot them apart.")
+    if next(iter(surfaces.values())).dimensions == 1:
+        figure = Canvas(figsize=(6.5, 5.0), layout="constrained")
+        axes = figure.subplots()
+        for name, surface in surfaces.items():
+            axes.plot(surface.steps, surface.losses, marker="o", markersize=2.5, label=name)
+        if ceiling is not None:
+            axes.set_ylim(top=ceiling)
+        axes.set_xlabel("step along direction 1")
+        axes.set_ylabel("mean cross-entropy loss (nats)")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=min(4, len(surfaces)), fontsize=9)
+    else:
+        figure = _plot_planes(surfaces, ceiling)
+    figure.suptitle(
+        f"{title}\nrandom directions, filter-normalised\n(a step of 1 moves every filter by its own length)",
+        fontsize=10,
+    )
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Picture:
+    """Draw planes as relief above and as contours below, all panels on the same scale."""
+    import numpy as np
+    from matplotlib.figure import Figure as Canvas
+
+    count = len(surfaces)
+    grids = {name: np.asarray(surface.losses, dtype=float) for name, surface in surfaces.items()}
+    finite = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()])
+    if not len(finite):
+        raise RobustnessError("surfaces hold no finite loss; choose a smaller radius.")
+    low, high = float(finite.min()), float(finite.max())
+    if ceiling is not None:
+        high = min(high, ceiling)
+    if high <= low:
+        high = low + 1e-6
+    levels = np.linspace(low, high, 25)
+    figure = Canvas(figsize=(3.1 * count + 1.2, 6.4), layout="constrained")
+    shared: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
+    contours: Any = None
+    flat = []
+    for column, (name, surface) in enumerate(surfaces.items()):
+        grid = np.nan_to_num(grids[name], nan=high, posinf=high).clip(max=high)
+        across, along = np.meshgrid(surface.steps, surface.steps)
+        relief = figure.add_subplot(2, count, column + 1, projection="3d")
+        relief.plot_surface(across, along, grid, rstride=1, cstride=1, linewidth=0, antialiased=True, **shared)
+        relief.set_zlim(low, high)
+        relief.set_zlabel("loss", fontsize=8, labelpad=0)
+        relief.set_title(f"{name}\nloss at the weights {surface.centre:.3f}", fontsize=10)
+        relief.tick_params(labelsize=7, pad=-2)
+        plane = figure.add_subplot(2, count, count + column + 1)
+        contours = plane.contourf(across, along, grid, levels=levels, **shared)
+        plane.contour(across, along, grid, levels=levels[::3], colors="white", linewidths=0.4)
+        plane.plot(0, 0, marker="+", color="red", markersize=8, linestyle="", label="the model")
+        plane.set_aspect("equal")
+        plane.tick_params(labelsize=8)
+        plane.set_xlabel("step along direction 1", fontsize=9)
+        if column == 0:
+            plane.set_ylabel("step along direction 2", fontsize=9)
+            plane.legend(loc="upper left", fontsize=7, framealpha=0.8)
+        flat.append(plane)
+    label = "mean cross-entropy loss (nats)" + (f"\n{high:g} and above look alike" if ceiling is not None else "")
+    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15, format="%.2f")
+    bar.ax.tick_params(labelsize=8)
+    return figure

@@ -1,0 +1,479 @@
+"""From any number of result files to one page: tables over seeds, paired differences, and pictures."""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ResultFileError
+from .intervals import Interval, bootstrap_paired_difference
+from .noise import plot_curves
+from .results import Figure, Result, load_result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+CLEAN = "clean/accuracy"
+_NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>[\d.e-]+)/accuracy")
+# Seeds from which on a bootstrap interval over them is taken at its word.
+_FEW = 5
+#: Figures that are fractions and read best as per cent.
+_SHARES = ("accuracy", "accuracy_under_attack", "success_rate", "words_changed", "clean_accuracy")
+
+
+@dataclass
+class Report:
+    """What `write_report` made.
+
+    Args:
+        page: The Markdown page.
+        results: The results it is about.
+        problems: One line for each file, or part of one, that was left out.
+        pictures: The pictures beside the page.
+    """
+
+    page: Path
+    results: list[Result]
+    problems: list[str] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A result and the file it came from."""
+
+    path: Path
+    result: Result
+
+
+def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Return the files given, and for each folder the result files below it, without repetition and in order.
+
+    Runs leave other JSON files too (a model's configuration, say); in folders only files that begin like a result, or
+    with nothing at all, are taken.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        found.extend(sorted(filter(_looks_like_result, path.rglob("*.json"))) if path.is_dir() else [path])
+    return list(dict.fromkeys(found))
+
+
+def _looks_like_result(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(100)
+    return not start.strip() or b'"schema_version"' in start
+
+
+def write_report(
+    paths: Iterable[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    baseline: str = "plain",
+    title: str = "Robustness report",
+    as_html: bool = False,
+) -> Report:
+    """Read result files and write one page with its pictures.
+
+    Several files about the same method, task and seed (one per kind of evaluation) count as one run; where they give
+    the same figure with another value, the page says so and keeps the first.
+
+    Args:
+        paths: Result files, and folders to search for them.
+        output_dir: Folder for `report.md`, the pictures, and `report.html` if asked for.
+        baseline: Method that the others are compared with, seed by seed.
+        title: Title of the page.
+        as_html: Write the page as HTML too.
+
+    Returns:
+        What was made, and one line for each file that was left out.
+
+    Raises:
+        ResultFileError: If not a single file can be read.
+    """
+    folder = Path(output_dir)
+    runs: list[_Run] = []
+    problems: list[str] = []
+    for path in find_results(paths):
+        # A report written where its sources are must not read itself again.
+        if path.is_relative_to(folder) and path.name.startswith("report"):
+            continue
+        try:
+            runs.append(_Run(path, load_result(path)))
+        except ResultFileError as error:
+            problems.append(str(error))
+    if not runs:
+        raise ResultFileError("; ".join(problems) or "paths: no result files there; pass the JSON files of the kit.")
+    results = _merge(runs, problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    methods = _methods(results, baseline)
+    tasks = list(dict.fromkeys(result.task for result in results))
+    lines = [f"# {title}", "", _introduction(results, methods, tasks), ""]
+    pictures: list[Path] = []
+    if baseline not in {result.method for result in results}:
+        problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
+    for task in tasks:
+        of_task = [result for result in results if result.task == task]
+        lines += [f"## {task}", "", *_summary_table(of_task, methods), ""]
+        lines += _difference_table(of_task, methods, baseline)
+        for kind, plot in (("scatter", _plot_scatter), ("noise", _plot_noise)):
+            picture = plot(of_task, methods, task)
+            if picture is not None:
+                path = folder / f"report_{_slug(task)}_{kind}.png"
+                picture.savefig(path, dpi=150)
+                pictures.append(path)
+                lines += [f"![{_ALT[kind]}, {task}]({path.name})", ""]
+        lines += _cost_table(of_task, methods)
+    lines += _images(runs, folder, pictures, problems)
+    if problems:
+        lines += ["## Left out", "", *(f"- {line}" for line in problems), ""]
+    lines += ["## Versions", "", *_versions(results), ""]
+    page = folder / "report.md"
+    page.write_text("\n".join(lines), encoding="utf-8")
+    if as_html:
+        (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8")
+    return Report(page, results, problems, pictures)
+
+
+_ALT = {"scatter": "Clean against robust accuracy", "noise": "Accuracy under noise"}
+
+
+def _merge(runs: Sequence[_Run], problems: list[str]) -> list[Result]:
+    """Join the files of one method, task and seed."""
+    merged: dict[tuple[str, str, int], Result] = {}
+    for run in runs:
+        new = run.result
+        old = merged.setdefault((new.method, new.task, new.seed), Result(new.method, new.task, new.seed, versions={}))
+        for name, figure in new.figures.items():
+            kept = old.figures.setdefault(name, figure)
+            # Every attack repeats the clean accuracy of its own sample; the one over more examples is the better one.
+            if name == CLEAN and (figure.n or 0) > (kept.n or 0):
+                old.figures[name] = figure
+            elif kept != figure and name != CLEAN:
+                problems.append(
+                    f"{run.path}: {name} of {new.method}, {new.task}, seed {new.seed} is {figure.value} here and "
+                    f"{kept.value} in another file; the other one is shown."
+                )
+        old.cost.update(new.cost)
+        old.versions.update(new.versions)
+    return list(merged.values())
+
+
+def _methods(results: Sequence[Result], baseline: str) -> list[str]:
+    """Return the methods in order of appearance, the baseline first."""
+    names = list(dict.fromkeys(result.method for result in results))
+    return sorted(names, key=lambda name: (name != baseline, names.index(name)))
+
+
+def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[str]) -> str:
+    seeds = sorted({result.seed for result in results})
+    return (
+        f"{len(results)} runs: {len(methods)} methods, {len(tasks)} tasks, seeds {', '.join(map(str, seeds))}. "
+        "Tables give mean ± standard deviation over training seeds, and the number of seeds where it differs from the "
+        "most; accuracies and shares in per cent."
+    )
+
+
+def _in_table(name: str) -> bool:
+    """Tell figures of the main table from details that have a picture, or repeat the clean accuracy."""
+    return not (
+        _NOISE.fullmatch(name) or name.startswith("adv_glue/source/") or name.endswith("/clean_accuracy")
+    ) and (not name.endswith("/errors"))
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    names = dict.fromkeys(name for result in results for name in result.figures)
+    return [name for name in names if _in_table(name)]
+
+
+def _values(results: Sequence[Result], method: str, name: str) -> dict[int, float]:
+    """Return seed -> value of a figure, without undefined ones."""
+    return {
+        result.seed: figure.value
+        for result in results
+        if result.method == method and (figure := result.figures.get(name)) is not None and figure.value is not None
+    }
+
+
+def _scale(name: str) -> float:
+    return 100.0 if name.rpartition("/")[2] in _SHARES else 1.0
+
+
+def _number(value: float, name: str, sign: str = "") -> str:
+    """Format a figure that is scaled already: one decimal for per cent, three digits for the rest."""
+    return f"{value:{sign}.1f}" if _scale(name) == 100.0 else f"{value:{sign}.3g}"
+
+
+def _title(name: str) -> str:
+    return name.replace("/", " ").replace("_", " ") + (" (%)" if _scale(name) == 100.0 else "")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _summary_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    """One row per figure, one column per method."""
+    present = [method for method in methods if any(result.method == method for result in results)]
+    counts = {method: sum(result.method == method for result in results) for method in present}
+    lines = [
+        _row(["figure", *(f"{method} ({counts[method]} seed{'s' * (counts[method] != 1)})" for method in present)]),
+        _row(["---"] + ["---:"] * len(present)),
+    ]
+    for name in _names(results):
+        cells = []
+        for method in present:
+            values = [_scale(name) * value for value in _values(results, method, name).values()]
+            cells.append(_mean_and_spread(values, counts[method], name))
+        lines.append(_row([_title(name), *cells]))
+    return lines
+
+
+def _mean_and_spread(values: Sequence[float], expected: int, name: str) -> str:
+    if not values:
+        return "-"
+    text = _number(statistics.fmean(values), name)
+    if len(values) > 1:
+        text += f" ± {_number(statistics.stdev(values), name)}"
+    return text + (f" (n={len(values)})" if len(values) != expected else "")
+
+
+def paired_differences(
+    results: Sequence[Result], method: str, baseline: str, name: str
+) -> tuple[Interval, int] | None:
+    """Compare a method with the baseline on one figure, over the seeds both have.
+
+    Args:
+        results: Results of one task.
+        method: The method.
+        baseline: What it is compared with.
+        name: Name of the figure.
+
+    Returns:
+        The mean difference with its 95 % bootstrap interval, and the number of seeds; None without common seeds.
+    """
+    ours, theirs = _values(results, method, name), _values(results, baseline, name)
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        return None
+    interval = bootstrap_paired_difference([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
+    return interval, len(seeds)
+
+
+def _difference_table(results: Sequence[Result], methods: Sequence[str], baseline: str) -> list[str]:
+    """One row per figure, one column per method but the baseline."""
+    others = [method for method in methods if method != baseline and any(r.method == method for r in results)]
+    if not others or not any(result.method == baseline for result in results):
+        return []
+    rows = []
+    for name in _names(results):
+        cells = []
+        for method in others:
+            found = paired_differences(results, method, baseline, name)
+            if found is None:
+                cells.append("-")
+                continue
+            interval, count = found
+            value, low, high = (_scale(name) * part for part in interval)
+            text = _number(value, name, "+")
+            if count > 1:
+                text += f" [{_number(low, name, '+')}, {_number(high, name, '+')}]"
+                # Over three seeds the interval excludes zero whenever all three agree, one time in four by chance.
+                text = f"**{text}**" if (low > 0 or high < 0) and count >= _FEW else text
+            cells.append(f"{text} ({count})")
+        if any(cell != "-" for cell in cells):
+            rows.append(_row([_title(name).replace("(%)", "(points)"), *cells]))
+    if not rows:
+        return []
+    return [
+        f"Difference to {baseline}, paired by seed, with its 95 % bootstrap interval and the number of seeds. Bold "
+        f"where the interval excludes zero over at least {_FEW} seeds; over fewer it is too narrow to mean much.",
+        "",
+        _row(["figure", *others]),
+        _row(["---"] + ["---:"] * len(others)),
+        *rows,
+        "",
+    ]
+
+
+def _cost_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name for result in results for name in result.cost))
+    if not names:
+        return []
+    lines = ["Cost, mean over seeds:", "", _row(["method", *names]), _row(["---"] + ["---:"] * len(names))]
+    for method in methods:
+        of_method = [result for result in results if result.method == method]
+        if not any(result.cost for result in of_method):
+            continue
+        cells = []
+        for name in names:
+            values = [result.cost[name] for result in of_method if result.cost.get(name) is not None]
+            cells.append(f"{statistics.fmean(values):.3g}" if values else "-")
+        lines.append(_row([method, *cells]))
+    return [*lines, ""]
+
+
+def _versions(results: Sequence[Result]) -> list[str]:
+    """List every version in use, so that mixed ones are seen."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        for package, number in result.versions.items():
+            found.setdefault(package, set()).add(number)
+    return [f"- {package} {', '.join(sorted(numbers))}" for package, numbers in sorted(found.items())]
+
+
+def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: list[str]) -> list[str]:
+    """Copy the pictures that results name (mask heat maps, landscapes) beside the page and show them."""
+    lines: list[str] = []
+    for number, run in enumerate(runs):
+        for title, image in run.result.images.items():
+            source = run.path.parent / image
+            if not source.is_file():
+                problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
+                continue
+            target = folder / f"report_image_{number}_{_slug(title)}{source.suffix}"
+            if source.resolve() != target.resolve():
+                shutil.copyfile(source, target)
+            pictures.append(target)
+            caption = f"{title}: {run.result.method}, {run.result.task}, seed {run.result.seed}"
+            lines += [f"![{caption}]({target.name})", "", caption, ""]
+    return ["## Pictures", "", *lines] if lines else []
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "x"
+
+
+def _robust_names(results: Sequence[Result]) -> list[str]:
+    """Name the accuracies on changed texts that deserve a panel each."""
+    names = dict.fromkeys(name for result in results for name in result.figures)
+    return [
+        name
+        for name in names
+        if name in ("adv_glue/accuracy", "noise/mean/accuracy") or name.endswith("/accuracy_under_attack")
+    ]
+
+
+def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) -> Picture | None:
+    """Draw clean against robust accuracy: small points for seeds, large ones for means; up and right is better."""
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.lines import Line2D
+
+    names = [
+        name
+        for name in _robust_names(results)
+        if any(set(_values(results, method, CLEAN)) & set(_values(results, method, name)) for method in methods)
+    ]
+    if not names:
+        return None
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Canvas(figsize=(max(5.5, 3.6 * columns), 3.2 * rows + 1.4), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    shown: dict[str, Line2D] = {}
+    for axes, name in zip(panels, names, strict=False):
+        for number, method in enumerate(methods):
+            clean, robust = _values(results, method, CLEAN), _values(results, method, name)
+            seeds = sorted(set(clean) & set(robust))
+            if not seeds:
+                continue
+            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10]}
+            across = [100 * clean[seed] for seed in seeds]
+            along = [100 * robust[seed] for seed in seeds]
+            axes.scatter(across, along, s=14, alpha=0.45, **style)
+            axes.scatter(
+                [statistics.fmean(across)], [statistics.fmean(along)], s=90, edgecolor="black", zorder=3, **style
+            )
+            shown[method] = Line2D([], [], linestyle="", markeredgecolor="black", markersize=8, **style)
+        axes.set_title(_panel_title(name), fontsize=10)
+        axes.set_xlabel("clean accuracy (%)", fontsize=9)
+        axes.set_ylabel("robust accuracy (%)", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.margins(0.15)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.suptitle(f"Clean against robust accuracy, {task}\nlarge: mean over seeds, small: one seed", fontsize=11)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
+    return figure
+
+
+def _panel_title(name: str) -> str:
+    """Name what the texts went through."""
+    fixed = {"adv_glue/accuracy": "AdvGLUE", "noise/mean/accuracy": "noise, mean of all kinds and rates"}
+    return fixed.get(name) or f"attack: {name.split('/')[1]}"
+
+
+def _plot_noise(results: Sequence[Result], methods: Sequence[str], task: str) -> Picture | None:
+    """Draw the noise curves, mean over seeds, with a band from the lowest to the highest seed."""
+    curves: dict[str, dict[str, dict[float, Figure]]] = {}
+    names = dict.fromkeys(name for result in results for name in result.figures if _NOISE.fullmatch(name))
+    for method in methods:
+        for name in names:
+            match = _NOISE.fullmatch(name)
+            assert match is not None
+            points = curves.setdefault(method, {}).setdefault(match["kind"], {})
+            for rate, figure_name in ((0.0, CLEAN), (float(match["rate"]), name)):
+                values = list(_values(results, method, figure_name).values())
+                if values:
+                    points[rate] = Figure(statistics.fmean(values), len(values), min(values), max(values))
+    curves = {
+        method: kinds for method, kinds in curves.items() if any(set(points) - {0.0} for points in kinds.values())
+    }
+    if not curves:
+        return None
+    figure = plot_curves(curves)
+    figure.suptitle(f"Accuracy under noise, {task} (mean over seeds; band: lowest to highest seed)", fontsize=11)
+    return figure
+
+
+def _to_html(lines: Sequence[str], title: str) -> str:
+    """Turn the page's own subset of Markdown into HTML, with no further dependency."""
+    body: list[str] = []
+    table: list[str] = []
+
+    def inline(text: str) -> str:
+        escaped = html.escape(text, quote=False)
+        return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped)
+
+    def close_table() -> None:
+        if table:
+            body.append("<table>" + "".join(table) + "</table>")
+            table.clear()
+
+    for line in lines:
+        if line.startswith("|"):
+            cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if all(re.fullmatch(r"-+:?", cell) for cell in cells):
+                continue
+            tag = "td" if table else "th"
+            table.append("<tr>" + "".join(f"<{tag}>{inline(cell)}</{tag}>" for cell in cells) + "</tr>")
+            continue
+        close_table()
+        image = re.fullmatch(r"!\[(.*)\]\((.*)\)", line)
+        heading = re.fullmatch(r"(#+) (.*)", line)
+        if image:
+            body.append(f'<p><img src="{html.escape(image[2])}" alt="{html.escape(image[1])}"></p>')
+        elif heading:
+            level = len(heading[1])
+            body.append(f"<h{level}>{inline(heading[2])}</h{level}>")
+        elif line.startswith("- "):
+            body.append(f"<p>• {inline(line[2:])}</p>")
+        elif line:
+            body.append(f"<p>{inline(line)}</p>")
+    close_table()
+    style = (
+        "body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}"
+        "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head><body>" + "\n".join(body) + "</body></html>\n"
+    )
