@@ -94,13 +94,13 @@ class ROSEModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        _refuse_quantized(model)
-        if peft_config.target_modules is None and not peft_config.inference_mode:
-            self._record_frozen(peft_config, model)
+        refuse_quantized(model)
         _maybe_include_all_linear_layers(peft_config, model)  # in place
         self._targets = self._find_targets(peft_config, model)
         if not peft_config.inference_mode:
             find_units(model, peft_config, self._targets)  # refuses before anything is changed
+            if peft_config.target_modules is None:
+                self._record_frozen(peft_config, model)
 
     def _record_frozen(self, config: ROSEConfig, model: nn.Module) -> None:
         """Name modules that the user froze in the config, or a loaded adapter would expect weights for them."""
@@ -258,7 +258,12 @@ def _own_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse full fine-tuning of a quantized model.
+
+    Raises:
+        UnsupportedModelError: Naming the mark or the parameter that tells.
+    """
     marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
     mark = next((mark for mark in marks if getattr(model, mark, None)), None)
     integer = next((name for name, param in model.named_parameters() if not param.is_floating_point()), None)
