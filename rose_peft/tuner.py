@@ -24,6 +24,8 @@ from .layer import RoseLayer, tie_copies
 from .selector import RoseSelector, find_selector
 from .units import base_modules, find_units
 
+_LATE_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class ROSEModel(BaseTuner):
     """
@@ -48,6 +50,7 @@ class ROSEModel(BaseTuner):
         if peft_config is None:  # copy and pickle fill the object in themselves
             return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        _add_late_heads(config)
         if find_selector(model) is not None:
             raise AlreadyAttachedError(
                 f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
@@ -231,6 +234,16 @@ class ROSEModel(BaseTuner):
 
     def _check_tied_modules(self, *args: Any) -> None:
         """PEFT's warning about tied weights does not apply either."""
+
+
+def _add_late_heads(config: ROSEConfig) -> None:
+    """Name the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner.
+
+    By then the head would be wrapped as a part of the model, and the inner config would have been copied.
+    """
+    missing = [name for name in _LATE_HEADS.get(config.task_type, ()) if name not in (config.modules_to_save or ())]
+    if missing:
+        config.modules_to_save = [*(config.modules_to_save or ()), *missing]
 
 
 def _rose_layers(model: nn.Module) -> list[RoseLayer]:
