@@ -581,6 +581,23 @@ def test_loss_is_the_mean_of_both_passes(head: str) -> None:
     torch.testing.assert_close(model(**inputs).loss, (one + two) / 2, rtol=1e-6, atol=0)
 
 
+def test_both_passes_divide_by_the_items_that_were_given() -> None:
+    """Causal models take `num_items_in_batch` from the Trainer; pass 2 must not divide by its own count."""
+    case = next(case for case in CASES if case.name == "Llama")
+    model = get_peft_model(case.model(), case.config())
+    inputs = case.inputs()
+    counted = inputs["labels"][:, 1:] != -100
+    sums = [
+        torch.nn.functional.cross_entropy(
+            output.logits[:, :-1][counted], inputs["labels"][:, 1:][counted], reduction="sum"
+        )
+        for output in two_passes(model, inputs)
+    ]
+    torch.manual_seed(7)
+    loss = model(**inputs, num_items_in_batch=torch.tensor(100)).loss
+    torch.testing.assert_close(loss, (sums[0] + sums[1]) / 2 / 100, rtol=1e-5, atol=0)
+
+
 def first_order_scores(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Scores of one training call that changes nothing."""
     model.train()
