@@ -385,6 +385,18 @@ def test_merging_over_an_inner_method() -> None:
     assert not changed(merged, snapshot(plain))
 
 
+def test_dropout_after_a_merge_is_that_of_the_next_adapter() -> None:
+    """The selector of a merged adapter puts the old dropout back before the next one sets its own, not later."""
+    model = LORA.tuned(dropout=0.3)
+    train(model, batch(model))
+    merged = model.merge_and_unload()
+    again = get_peft_model(merged, ROSEConfig(task_type="SEQ_CLS", base_config=LORA.inner(), dropout=0.2))
+    train_watched(again, batch(again))
+    assert {m.p for m in merged.modules() if isinstance(m, nn.Dropout)} == {0.2}
+    detach_rose(again)
+    assert {m.p for m in merged.modules() if isinstance(m, nn.Dropout)} == {0.1}
+
+
 # attach_rose and detach_rose ----------------------------------------------------------------------------------------
 
 

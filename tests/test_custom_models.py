@@ -244,6 +244,26 @@ def test_without_targets_a_model_without_blocks_is_refused_with_candidates() -> 
         get_peft_model(Mlp(), ROSEConfig())
 
 
+class Blocks(nn.Module):
+    """Blocks in a ModuleList, and a head in a Sequential with a single composite child, as heads are often written."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.3)) for _ in range(blocks))
+        self.head = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_blocks_are_told_from_heads(blocks: int) -> None:
+    model = get_peft_model(Blocks(blocks), ROSEConfig())
+    assert [unit.name for unit in get_selector(model).units] == [f"blocks.{i}.0.weight" for i in range(blocks)]
+
+
 # State dict ---------------------------------------------------------------------------------------------------------
 
 
