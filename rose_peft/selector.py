@@ -36,8 +36,10 @@ STATE_KEY = "rose"
 FOREIGN_STEPS = 20
 # Optimizer steps in a row whose risk passes say nothing (not finite, or both outputs equal although there is dropout).
 IDLE_STEPS = 50
-FP16_SCALE = 2.0**16
-MAX_FP16_SCALE = 2.0**24
+# The risk scale keeps half-precision divergence gradients from flushing to zero. It is there for every dtype, because
+# a hook cannot see an autocast around `forward` alone (as Accelerate makes it); powers of two cost no precision.
+MAX_RISK_SCALE = 2.0**24
+RISK_SCALE_GROWTH_STEPS = 200
 
 _live: weakref.WeakSet[RoseSelector] = weakref.WeakSet()
 _optimizer_hooks: list[Any] = []
@@ -58,31 +60,44 @@ class RoseSelector:
     """
 
     def __init__(self, host: nn.Module, model: nn.Module, config: ROSEConfig) -> None:
+        for selector in list(_live):
+            if selector.model is model:
+                selector.detach_if_unloaded()
         if any(_SELECTOR in module.__dict__ for module in (host, model)):
             raise AlreadyAttachedError(
                 "ROSE is already attached to this model; call detach_rose(model) before attaching it again."
             )
-        self.host = host
-        self.model = model
+        self.host: nn.Module = host
+        self.model: nn.Module = model
         self.config = config
         self.units: list[Unit] = find_units(model, config)
         self.state = SelectionState([unit.name for unit in self.units])
         self._outgrown: dict[str, Any] | None = None
         self._adapters = self._adapter_signature()
+        self._witness = self._first_tuner_layer()
         self._in_risk_pass = False
         self._pending: tuple[torch.optim.Optimizer, MaskedStep] | None = None
         self._pending_masks: tuple[Tensor, Tensor] | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
-        self._stepped_gradient: tuple[int, int] | None = None
+        self._stepped_gradient = _GradientMark()
+        self._foreign_gradient = _GradientMark()
+        self._new_pass = False
+        self._sharded: list[tuple[int, Tensor]] | None = None
         self._foreign_steps = 0
         self._idle_steps = 0
         self._clear_window()
         self._dropout: TrainingDropout | None = None
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self._target_modules())
-        self._handle = None
-        if self.needs_risk_pass:
-            self._handle = host.register_forward_hook(self._after_forward, with_kwargs=True)
+        self._engine_checked = False
+        self._handles: list[Any] = []
+        # PeftModel without a task type calls the model, with one the tuner, whose forward goes past the hooks of the
+        # model (peft 0.18) or not (0.21): both have hooks, and the outer one rests where the inner one acted.
+        self._inner_acted = False
+        for module in [host] if host is model else [host, model]:
+            self._handles.append(module.register_forward_pre_hook(self._before_forward))
+            if self.needs_risk_pass:
+                self._handles.append(module.register_forward_hook(self._after_forward, with_kwargs=True))
         host.__dict__[_SELECTOR] = self
         _track(self)
 
@@ -95,10 +110,22 @@ class RoseSelector:
         """What ROSE did so far; cheap, asks no device."""
         return self.state.statistics()
 
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take over the state saved in an optimizer now; without this call its next step does so.
+
+        Args:
+            optimizer: One that holds the units, as loaded; with no state of ROSE in it nothing happens.
+        """
+        groups = owned_groups(optimizer)
+        for _, param in self._parameters():
+            if STATE_KEY in groups.get(id(param), {}):
+                self._adopt_state(groups[id(param)])
+                return
+
     def detach(self) -> None:
         """Take every hook off and put the model's own dropout back."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if self._dropout is not None:
             self._dropout.undo()
         if self._pending is not None:
@@ -107,20 +134,43 @@ class RoseSelector:
         self.host.__dict__.pop(_SELECTOR, None)
         _untrack(self)
 
+    def detach_if_unloaded(self) -> bool:
+        """Detach where the adapter was merged or unloaded: other methods' tuners do not tell us."""
+        if self._witness is None:
+            return False
+        name, layer = self._witness
+        try:
+            unloaded = self.model.get_submodule(name) is not layer
+        except AttributeError:
+            unloaded = True
+        unloaded = unloaded and not any(module is layer for module in self.model.modules())  # it may have moved
+        if unloaded:
+            self.detach()
+        return unloaded
+
+    def _first_tuner_layer(self) -> tuple[str, nn.Module] | None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
+                return name, module
+        return None
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model must be steered like the original.
         self.__dict__.update(state)
         _track(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None, "_optimizer": None}
+        fresh = {"_stepped_gradient": _GradientMark(), "_foreign_gradient": _GradientMark()}
+        return {**self.__dict__, "_pending": None, "_optimizer": None, **fresh}
 
     # Units ----------------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
         """Find the units anew, as after an adapter was added or deleted; what is known of old ones is kept."""
-        self.units = find_units(self.model, self.config)
         self._adapters = self._adapter_signature()
+        # After the last adapter was deleted there is nothing to steer, and the steps of other models are none of ours.
+        self.units = find_units(self.model, self.config) if self._adapters else []
+        self._witness = self._first_tuner_layer()
         names = [unit.name for unit in self.units]
         if names != self.state.units:
             self._outgrown = self.state.values
@@ -134,6 +184,8 @@ class RoseSelector:
 
     def _parameters(self) -> list[tuple[int, Tensor]]:
         """(unit index, tensor) of everything that trains now."""
+        if self.detach_if_unloaded():
+            return []
         if self._adapters != self._adapter_signature():
             self.refresh()
         return [(index, param) for index, unit in enumerate(self.units) for param in unit.parameters()]
@@ -163,17 +215,33 @@ class RoseSelector:
         self._backward_seen = False
 
     @torch.compiler.disable
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module is self.host:
+            self._inner_acted = False
+        if not module.training:
+            return
+        if not self._engine_checked or getattr(module, "_is_replica", False):
+            distributed.check_engine(module, [param for _, param in self._parameters()])
+            self._engine_checked = True
+        # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
+        # pass would leave its gradient nothing to reach.
+        if self.needs_risk_pass and any(isinstance(param, DTensor) for _, param in self._parameters()):
+            distributed.keep_unsharded_after_forward(self.model)
+
+    @torch.compiler.disable
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._in_risk_pass or not module.training or not torch.is_grad_enabled():
             return None
+        if module is self.host and self._inner_acted:
+            return None
+        self._inner_acted = module is not self.host
         parameters = self._parameters()
         if not parameters:
             return None
-        distributed.check_engine(module, [param for _, param in parameters])
         if any(isinstance(param, DTensor) for _, param in parameters):
             raise UnsupportedEngineError(
-                f"strategy={self.config.strategy!r} needs whole parameters inside the forward call, which FSDP2 has "
-                "sharded again by then. Use strategy='second_order', or DDP."
+                f"strategy={self.config.strategy!r} needs whole parameters inside the forward call, and this engine "
+                "shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
             )
         self._forget_discarded_window(parameters)
         with self._risk_pass():
@@ -211,9 +279,8 @@ class RoseSelector:
         def seen(grad: Tensor) -> None:
             self._backward_seen = True
 
-        loss = loss_of(output)
-        tensors = [loss] if loss is not None else [t for t in _tensors(output) if t.requires_grad]
-        for tensor in tensors:
+        # Not only the loss: with label smoothing or distillation users make their own from the logits.
+        for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(seen)
 
@@ -221,21 +288,24 @@ class RoseSelector:
         """Drop risk passes whose gradients were thrown away, as after an overflow under a GradScaler."""
         if self._square_sum is None or self._counts is None or not self._backward_seen:
             return
+        if self._sharded is not None:  # gradients lie on the shards, which the modules do not show now
+            parameters = self._sharded
         gradients = [param.grad for _, param in parameters if param.grad is not None]
         if not gradients:
             self._clear_window()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
-            alive = (square_norms(gradients).sum() != 0).double()
+            alive = (square_norms(_local(gradients)).sum() != 0).double()
             self._square_sum = self._square_sum * alive
             self._counts = self._counts * alive
 
     def _accumulate_risk(self, parameters: list[tuple[int, Tensor]], value: Tensor, equal: Tensor) -> None:
-        scale = self._risk_scale(value, parameters)
+        scale = float(self.state.risk_scale)
         gradients = torch.autograd.grad(
             value * scale, [param for _, param in parameters], retain_graph=True, allow_unused=True
         )
         found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
         self._reached |= {index for index, _ in found}
+        self._new_pass = True
         if not found:
             raise RoseInactiveError(
                 "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
@@ -251,20 +321,9 @@ class RoseSelector:
         self._square_sum = square_sums if self._square_sum is None else self._square_sum + square_sums
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def _risk_scale(self, value: Tensor, parameters: list[tuple[int, Tensor]]) -> float:
-        """Scale that keeps half-precision divergence gradients from flushing to zero; the ranking does not see it."""
-        device = value.device.type
-        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        if not half and not any(param.dtype == torch.float16 for _, param in parameters):
-            return 1.0
-        if float(self.state.risk_scale) == 1.0:
-            self.state.risk_scale.fill_(FP16_SCALE)
-        return float(self.state.risk_scale)
-
     def _per_unit(self, tensors: list[tuple[int, Tensor]], device: torch.device) -> Tensor:
         """Sum squared norms per unit in a fixed order: float64 [U]."""
-        local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for _, tensor in tensors]
-        square = square_norms(local)
+        square = square_norms(_local([tensor for _, tensor in tensors]))
         rows: list[list[int]] = [[] for _ in self.units]
         for position, (index, _) in enumerate(tensors):
             rows[index].append(position)
@@ -292,6 +351,7 @@ class RoseSelector:
         stepping = [(index, param) for index, param in owned if param.grad is not None]
         if not stepping:
             return
+        self._sharded = owned if isinstance(owned[0][1], DTensor) else None
         loss_scale = _loss_scale(optimizer)
         if loss_scale is None:  # an overflow step: the optimizer will not move anything either
             self._clear_window()
@@ -299,19 +359,20 @@ class RoseSelector:
         masks = self._masks(optimizer, groups, stepping, loss_scale)
         names = [unit.name for unit in self.units]
         distributed.check_equal_on_ranks(names, masks, stepping[0][1].device)
-        step = MaskedStep()
+        self._stepped_gradient.put(stepping)
+        step = MaskedStep(optimizer)
         shares, rests = masks.tolist(), (1 - masks).tolist()
-        for index, param in stepping:
-            if shares[index] < 1:
+        try:
+            for index, param in stepping:
                 rule = momentum_rule(optimizer, groups[id(param)])
-                momentum = momentum_of(optimizer, param, rule) if rule is not None else None
-                stationary = rule.stationary * loss_scale if rule is not None else 0.0
-                step.blend(param, shares[index], rests[index], momentum, stationary)
+                step.blend(param, shares[index], rests[index], rule, loss_scale)
+        except UnsupportedOptimizerError:
+            step.give_back()
+            raise
         self._pending = (optimizer, step)
         stepped = torch.zeros(len(self.units), dtype=torch.bool)
         stepped[[index for index, _ in stepping]] = True
         self._pending_masks = masks, stepped
-        self._stepped_gradient = self._gradient_version(stepping)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish masked units and count the step."""
@@ -344,8 +405,12 @@ class RoseSelector:
         self._foreign_steps = 0
 
     def _notice_foreign_step(self, optimizer: torch.optim.Optimizer, parameters: list[tuple[int, Tensor]]) -> None:
-        if self._square_sum is None and all(param.grad is None for _, param in parameters):
+        # A model that is left alone while another one is trained may keep gradients and a window for ever: only what
+        # is new since the last such step says that this one is being trained.
+        new_pass, self._new_pass = self._new_pass, False
+        if not new_pass and self._foreign_gradient.matches(parameters):
             return
+        self._foreign_gradient.put(parameters)
         self._foreign_steps += 1
         if self._foreign_steps > FOREIGN_STEPS:
             raise RoseInactiveError(
@@ -398,7 +463,7 @@ class RoseSelector:
         square_sum, (finite, skipped, equal) = sums[:-3], sums[-3:].tolist()
         # Stepping twice with the same gradients is the user's right. New gradients without a training pass through
         # the hook mean that it is bypassed.
-        if finite + skipped == 0 and self._gradient_version(stepping) != self._stepped_gradient:
+        if finite + skipped == 0 and not self._stepped_gradient.matches(stepping):
             raise RoseInactiveError(
                 "optimizer.step() has new gradients, but no training pass went through the model since the last step: "
                 "call the model that get_peft_model returned, in train mode and with gradients on, or use "
@@ -468,9 +533,10 @@ class RoseSelector:
 
     def _notice_idle_step(self, finite: float, skipped: float, equal: float) -> None:
         self.state.skipped.add_(int(skipped))
-        scale = self.state.risk_scale
-        if float(scale) != 1.0:
-            scale.copy_((scale / 2).clamp(min=2.0) if skipped else (scale * 1.005).clamp(max=MAX_FP16_SCALE))
+        if skipped:
+            self.state.risk_scale.div_(2).clamp_(min=1.0)
+        elif int(self.state.steps) % RISK_SCALE_GROWTH_STEPS == RISK_SCALE_GROWTH_STEPS - 1:
+            self.state.risk_scale.mul_(2).clamp_(max=MAX_RISK_SCALE)
         passes = finite + skipped
         if passes == 0:
             return
@@ -489,10 +555,32 @@ class RoseSelector:
                 "use bf16 instead of fp16, or raise dropout in ROSEConfig."
             )
 
+
+class _GradientMark:
+    """Remembers a gradient, to tell later whether there is a new one."""
+
+    def __init__(self) -> None:
+        self._grad: weakref.ref[Tensor] | None = None
+        self._version = 0
+
     @staticmethod
-    def _gradient_version(stepping: list[tuple[int, Tensor]]) -> tuple[int, int] | None:
-        grad = stepping[0][1].grad
-        return (id(grad), grad._version) if grad is not None else None
+    def _first(parameters: list[tuple[int, Tensor]]) -> Tensor | None:
+        return next((param.grad for _, param in parameters if param.grad is not None), None)
+
+    def put(self, parameters: list[tuple[int, Tensor]]) -> None:
+        grad = self._first(parameters)
+        self._grad = weakref.ref(grad) if grad is not None else None
+        self._version = grad._version if grad is not None else 0
+
+    def matches(self, parameters: list[tuple[int, Tensor]]) -> bool:
+        grad = self._first(parameters)
+        known = self._grad() if self._grad is not None else None
+        return grad is known and (grad is None or grad._version == self._version)
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def _tensors(output: Any) -> list[Tensor]:

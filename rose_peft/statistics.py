@@ -86,7 +86,7 @@ class SelectionState:
             "second_scores": torch.full((units,), nan, dtype=torch.float64),
             "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
             "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
-            "risk_scale": torch.ones((), dtype=torch.float64),
+            "risk_scale": torch.full((), 2.0**16, dtype=torch.float64),
             "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
             "history_stride": torch.ones((), dtype=torch.int64),
         }

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import ROSEConfig
-from .errors import RoseConfigError, TargetModulesError, UnsupportedModelError
+from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, UnsupportedModelError
 from .layer import RoseLayer, tie_copies
 from .selector import RoseSelector, find_selector
-from .units import base_modules
+from .units import base_modules, find_units
 
 
 class ROSEModel(BaseTuner):
@@ -37,14 +44,22 @@ class ROSEModel(BaseTuner):
     tuner_layer_cls = RoseLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (an instance variable of BaseTuner)
 
-    def __new__(cls, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> Any:
+    def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
+        if peft_config is None:  # copy and pickle fill the object in themselves
+            return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        if find_selector(model) is not None:
+            raise AlreadyAttachedError(
+                f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
+            )
         if config.base_config is not None:
             return _build_inner(model, config, adapter_name, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        self._frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+        self._frozen = {
+            name for name, param in model.named_parameters(remove_duplicate=False) if not param.requires_grad
+        }
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,6 +75,7 @@ class ROSEModel(BaseTuner):
                 "(model.unload()) and call get_peft_model with it."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
@@ -81,7 +97,10 @@ class ROSEModel(BaseTuner):
         _refuse_quantized(model)
         if peft_config.target_modules is None and not peft_config.inference_mode:
             self._record_frozen(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)  # in place
         self._targets = self._find_targets(peft_config, model)
+        if not peft_config.inference_mode:
+            find_units(model, peft_config, self._targets)  # refuses before anything is changed
 
     def _record_frozen(self, config: ROSEConfig, model: nn.Module) -> None:
         """Name modules that the user froze in the config, or a loaded adapter would expect weights for them."""
@@ -105,7 +124,7 @@ class ROSEModel(BaseTuner):
         for name, module in modules:
             own = _own_parameters(module)
             if config.target_modules is None:
-                trains = any(f"{name}.{parameter}" not in self._frozen for parameter in own)
+                trains = any((f"{name}.{parameter}" if name else parameter) not in self._frozen for parameter in own)
                 chosen = trains and not self._is_kept_aside(config, name)
             else:
                 parts = name.split(".")
@@ -162,26 +181,75 @@ class ROSEModel(BaseTuner):
         if isinstance(target, RoseLayer):
             target.update_layer(adapter_name)
             return
-        layer = RoseLayer(target, adapter_name)
+        frozen = self._frozen if peft_config.target_modules is None else set()
+        name = current_key.replace(".base_layer", "")
+        layer = RoseLayer(target, adapter_name, [own for own in _own_parameters(target) if f"{name}.{own}" in frozen])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        # PEFT goes by names from before the wrapping, so the parent may be the layer that has come around it.
+        setattr(parent.base_layer if isinstance(parent, RoseLayer) else parent, child_name, new_module)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # PEFT 0.18 goes by the prefix, which names of the base model may contain ("prose_encoder").
+        managed = (RoseLayer, AuxiliaryTrainingWrapper)
+        kept = {id(param) for m in model.modules() if isinstance(m, managed) for param in _adapter_parameters(m)}
+        for name, param in model.named_parameters():
+            if self.prefix in name and id(param) not in kept:
+                param.requires_grad = False
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        """None that PEFT should warn of: copies of tied weights are tied, and merging keeps them so."""
+        return []
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Full weights keep the dtype of the model. PEFT calls this after loading, which may untie.
         tie_copies(self.model, adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        # PEFT looks modules up by names that are out of date once the container around them is unloaded, so our layers
+        # go first; it then deals with `modules_to_save`.
+        layers = _rose_layers(self.model)
+        for layer in layers if merge else ():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         selector = find_selector(self.model)
         if selector is not None:
             selector.detach()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            layer.forget_unmerged()
+        _replace_children(self.model, {id(layer): layer.base_layer for layer in layers})
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
-    def _check_merge_allowed(self) -> None:
-        """Merging full weights keeps tied weights tied, so PEFT's warning about them does not apply."""
+    def _check_tied_modules(self, *args: Any) -> None:
+        """PEFT's warning about tied weights does not apply either."""
+
+
+def _rose_layers(model: nn.Module) -> list[RoseLayer]:
+    return [module for module in model.modules() if isinstance(module, RoseLayer)]
+
+
+def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
+    """Replace modules, given by identity, wherever they hang: a shared one (T5's embedding) has several parents."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            replacement = replacements.get(id(child))
+            if replacement is not None and replacement is not parent:
+                parent._modules[name] = replacement
+
+
+def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    if not isinstance(module, RoseLayer):
+        return module.parameters()
+    return (param for name in module.adapter_layer_names for param in getattr(module, name).parameters())
 
 
 def _own_parameters(module: nn.Module) -> list[str]:

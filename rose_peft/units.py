@@ -77,12 +77,13 @@ def _inside(name: str, prefixes: list[str]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def find_units(model: nn.Module, config: ROSEConfig | None) -> list[Unit]:
+def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | None = None) -> list[Unit]:
     """Find the units of a model.
 
     Args:
         model: The base model with tuner layers in it, or a plain model.
         config: Its `target_modules` decide for full fine-tuning; None or a `base_config` for an adapter of PEFT.
+        among: Modules in which a full fine-tuning unit may lie; None for all.
 
     Raises:
         TargetModulesError: If there are none; the message lists modules that could be named.
@@ -90,9 +91,11 @@ def find_units(model: nn.Module, config: ROSEConfig | None) -> list[Unit]:
     if any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules()):
         units = _adapter_units(model)
     else:
-        units = _weight_units(model, config)
+        units = _weight_units(model, config, among)
     if not units:
-        candidates = [name for name, module in base_modules(model) if name and any(module._parameters.values())]
+        candidates = [
+            name for name, module in base_modules(model) if name and any(True for _ in _weight_slots(module))
+        ]
         raise TargetModulesError(
             f"target_modules={config.target_modules if config else None!r} leaves no weight to mask: with None the "
             "weights inside repeated blocks (an nn.ModuleList of equal blocks) are units. Pass target_modules; "
@@ -122,11 +125,13 @@ def _adapter_units(model: nn.Module) -> list[Unit]:
     return units
 
 
-def _weight_units(model: nn.Module, config: ROSEConfig | None) -> list[Unit]:
+def _weight_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | None) -> list[Unit]:
     blocks = repeated_blocks(model)
     units = []
     seen: set[int] = set()
     for name, module in base_modules(model):
+        if among is not None and name not in among:
+            continue
         for parameter_name, slots in _weight_slots(module):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             if not is_weight(parameter_name) or not _is_unit(full_name, name, blocks, config, module):

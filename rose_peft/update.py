@@ -80,43 +80,59 @@ def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumR
     return momentum
 
 
+# Momenta of optimizers for which there is no rule (RMSprop, Adafactor): not readable as gradients, but to be kept.
+_MOMENTUM_KEYS = ("momentum_buffer", "exp_avg")
+
+
 @dataclass
 class _Saved:
     param: Tensor
     grad: Tensor
+    blended: Tensor
+    version: int
     weights: Tensor
     share: float
-    momentum: Tensor | None
-    momentum_before: Tensor | None
+    momenta: dict[str, Tensor | None]
 
 
 class MaskedStep:
-    """One optimizer step under a mask: `blend` before it, `finish` after it."""
+    """One optimizer step under a mask: `blend` before it, `finish` after it.
 
-    def __init__(self) -> None:
+    Args:
+        optimizer: The optimizer that is about to step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         self._saved: list[_Saved] = []
 
-    def blend(self, param: Tensor, share: float, rest: float, momentum: Tensor | None, stationary: Any) -> None:
+    def blend(self, param: Tensor, share: float, rest: float, rule: MomentumRule | None, loss_scale: float) -> None:
         """Replace the gradient of one parameter, and remember what `finish` has to put back.
 
         Args:
             param: Parameter with a gradient; does nothing for `share` 1.
             share: Mask w of its unit, in [0, 1].
             rest: 1 - w, as rounded by whoever made the mask.
-            momentum: Momentum before the step, or None for zero.
-            stationary: `MomentumRule.stationary`, times the loss scale where gradients are still scaled.
+            rule: How the optimizer keeps the momentum of this parameter, or None.
+            loss_scale: Scale that the gradients still carry.
         """
         if share == 1:
             return
         grad = param.grad
         assert grad is not None
-        before = momentum.detach().clone() if momentum is not None else None
+        momentum = momentum_of(self._optimizer, param, rule) if rule is not None else None
         # A frozen unit must not see its gradient at all: 0 * NaN is NaN.
         blended = grad * share if share > 0 else torch.zeros_like(grad)
-        if before is not None:
-            blended = blended + before.to(grad.dtype) * (rest * stationary)
-        keep = before if share == 0 else None
-        self._saved.append(_Saved(param, grad, param.detach().clone(), share, momentum, keep))
+        if rule is not None and momentum is not None:
+            blended = blended + momentum.detach().to(grad.dtype) * (rest * rule.stationary * loss_scale)
+        momenta: dict[str, Tensor | None] = {}
+        if share == 0:
+            state = self._optimizer.state.get(param, {})
+            for key in _MOMENTUM_KEYS if rule is None else (rule.key,):
+                value = state.get(key)
+                momenta[key] = value.detach().clone() if isinstance(value, Tensor) else None
+        weights = param.detach().clone()
+        self._saved.append(_Saved(param, grad, blended, blended._version, weights, share, momenta))
         param.grad = blended
 
     @torch.no_grad()
@@ -125,16 +141,27 @@ class MaskedStep:
         for saved in self._saved:
             if saved.share == 0:
                 saved.param.copy_(saved.weights)
-                if saved.momentum is not None and saved.momentum_before is not None:
-                    saved.momentum.copy_(saved.momentum_before)
+                self._put_back(saved)
             else:
                 saved.param.copy_(torch.lerp(saved.weights, saved.param, saved.share))
         self.give_back()
 
+    def _put_back(self, saved: _Saved) -> None:
+        state = self._optimizer.state.get(saved.param, {})
+        for key, before in saved.momenta.items():
+            now = state.get(key)
+            if isinstance(now, Tensor):
+                # Where there was none, weight decay in the gradient may have started one.
+                now.zero_() if before is None else now.copy_(before)
+
     def give_back(self) -> None:
-        """Give the gradients back without touching weights, as when the step itself raised."""
+        """Give the gradients back without touching weights, as when the step itself raised.
+
+        A gradient that is no longer the blended one (the user has computed new ones since) is left alone.
+        """
         for saved in self._saved:
-            saved.param.grad = saved.grad
+            if saved.param.grad is saved.blended and saved.blended._version == saved.version:
+                saved.param.grad = saved.grad
         self._saved.clear()
 
 

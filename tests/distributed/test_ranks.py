@@ -1,0 +1,104 @@
+"""Several processes train as one, and as one process with as many micro-batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+ROOT = Path(__file__).parents[2]
+STRATEGIES = ("first_order", "second_order", "ensemble")
+ENGINES = ("ddp", "ddp_unused", "ddp_static", "fsdp2")
+
+
+def start(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Run the worker with that many processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(Path(__file__).with_name("worker.py")), engine, strategy, str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROSE_CHECK_RANKS": "1"}
+    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def results(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> list[dict[str, Any]]:
+    """Run the worker and return what each rank wrote."""
+    done = start(ranks, engine, strategy, output, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(f"{output}.{rank}") for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One process, two micro-batches per step, for each strategy."""
+    folder = tmp_path_factory.mktemp("single")
+    return {strategy: results(1, "none", strategy, folder / strategy)[0] for strategy in STRATEGIES}
+
+
+def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """Largest difference between two sets of weights.
+
+    Key biases are left out: softmax cancels them, so their gradient is rounding noise, and Adam turns its sign into
+    full steps whenever sums are taken in another order.
+    """
+    return max(float((one[name] - two[name]).abs().max()) for name in one if "key" not in name or "bias" not in name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_equal_two_micro_batches(
+    engine: str, strategy: str, single: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    ranks = results(2, engine, strategy, tmp_path / "out")
+    expected = single[strategy]
+    assert 0 < expected["masks"].mean() < 1  # something was frozen, or equality would say nothing
+    for rank in ranks:
+        assert torch.equal(rank["masks"], expected["masks"])
+        assert worst(rank["weights"], expected["weights"]) < 1e-6
+        assert rank["statistics"]["steps"] == 6
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_masks_and_weights_are_the_same_on_all_ranks_over_50_steps(engine: str, tmp_path: Path) -> None:
+    one, two = results(2, engine, "ensemble", tmp_path / "out", "--steps", "50")
+    assert torch.equal(one["masks"], two["masks"])
+    assert worst(one["weights"], two["weights"]) == 0
+
+
+def test_three_ranks(tmp_path: Path) -> None:
+    expected = results(1, "none", "ensemble", tmp_path / "one", "--micro_batches", "3")[0]
+    for rank in results(3, "ddp", "ensemble", tmp_path / "three", "--micro_batches", "3"):
+        assert torch.equal(rank["masks"], expected["masks"])
+        assert worst(rank["weights"], expected["weights"]) < 1e-4
+
+
+def test_ranks_and_accumulation_together(tmp_path: Path) -> None:
+    expected = results(1, "none", "ensemble", tmp_path / "one", "--micro_batches", "4")[0]
+    for rank in results(2, "ddp", "ensemble", tmp_path / "two", "--micro_batches", "4"):
+        assert torch.equal(rank["masks"], expected["masks"])
+        assert worst(rank["weights"], expected["weights"]) < 1e-4
+
+
+def test_a_smaller_last_batch_on_one_rank(tmp_path: Path) -> None:
+    one, two = results(2, "ddp", "ensemble", tmp_path / "out", "--small_last")
+    assert torch.equal(one["masks"], two["masks"])
+    assert worst(one["weights"], two["weights"]) == 0
+
+
+def test_a_nan_loss_on_one_rank_keeps_ranks_together_and_frozen_units_whole(tmp_path: Path) -> None:
+    one, two = results(2, "ddp", "second_order", tmp_path / "out", "--nan_at", "5")
+    assert torch.equal(one["masks"], two["masks"])
+    # Every gradient is NaN after the reduction, so no score is finite and every unit is frozen.
+    assert torch.equal(one["masks"][5], torch.zeros_like(one["masks"][5]))
+    units = [name for name in one["weights"] if ".encoder.layer." in name and name.endswith("weight")]
+    assert units and all(torch.isfinite(one["weights"][name]).all() for name in units)
+
+
+def test_the_rank_check_names_the_first_unit_that_differs(tmp_path: Path) -> None:
+    done = start(2, "ddp", "second_order", tmp_path / "out", "--diverge_at", "3")
+    assert done.returncode != 0
+    assert "RankMismatchError: mask of unit 'bert.encoder.layer." in done.stderr

@@ -1,0 +1,115 @@
+"""One process of a distributed test: trains a tiny model on fixed data and writes what it saw.
+
+    torchrun --nproc_per_node 2 tests/distributed/worker.py ENGINE STRATEGY OUTPUT [--option ...]
+
+Micro-batch k of a step goes to rank k modulo the number of ranks; its data and its dropout depend on step and k only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertForSequenceClassification
+
+from rose_peft import ROSEConfig, get_selector
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+
+
+def build(strategy: str) -> nn.Module:
+    """The same tiny model on every rank."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    model = get_peft_model(BertForSequenceClassification(config), ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
+    return model.train()
+
+
+def wrap(model: nn.Module, engine: str) -> nn.Module:
+    """Put the model under an engine."""
+    if engine == "fsdp2":
+        for block in model.get_base_model().bert.encoder.layer:
+            fully_shard(block)
+        return fully_shard(model)
+    options = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
+    return DistributedDataParallel(model, **options[engine]) if engine in options else model
+
+
+def micro_batch(step: int, index: int, size: int) -> dict[str, torch.Tensor]:
+    """Data of one micro-batch."""
+    generator = torch.Generator().manual_seed(1000 * step + index)
+    ids = torch.randint(1, 50, (size, 10), generator=generator)
+    labels = torch.randint(0, 3, (size,), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def main() -> None:
+    """Train and write {masks, weights, statistics}."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("engine")
+    parser.add_argument("strategy")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--micro_batches", type=int, default=2)
+    parser.add_argument("--nan_at", type=int, default=-1, help="step at which the last micro-batch has a NaN loss")
+    parser.add_argument("--small_last", action="store_true", help="the last micro-batch of each step has one example")
+    parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
+    args = parser.parse_args()
+    if WORLD > 1:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    model = build(args.strategy)
+    selector = get_selector(model)
+    network = wrap(model, args.engine)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    masks = []
+    per_rank = args.micro_batches // WORLD
+    for step in range(args.steps):
+        mine = [k for k in range(args.micro_batches) if k % WORLD == RANK]
+        for k in mine:
+            last = k == args.micro_batches - 1
+            batch = micro_batch(step, k, 1 if args.small_last and last else 4)
+            torch.manual_seed(1000 * step + k)
+            accumulates = WORLD > 1 and k != mine[-1] and hasattr(network, "no_sync")
+            with network.no_sync() if accumulates else nullcontext():
+                loss = network(**batch).loss / per_rank
+                if step == args.nan_at and last:
+                    loss = loss * float("nan")
+                loss.backward()
+        if step == args.diverge_at and RANK == 1:
+            for state in optimizer.state.values():
+                state["exp_avg"].normal_()
+        optimizer.step()
+        optimizer.zero_grad()
+        masks.append(selector.state.last_mask.clone())
+    weights = {
+        name: (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
+        for name, param in model.named_parameters()
+        if param.requires_grad
+    }
+    result = {"masks": torch.stack(masks), "weights": weights, "statistics": selector.statistics().as_dict()}
+    torch.save(result, f"{args.output}.{RANK}")
+    if WORLD > 1:
+        dist.barrier()  # a rank that leaves early can keep gloo from shutting down in the other
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
