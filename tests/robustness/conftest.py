@@ -31,6 +31,12 @@ def nltk_folder() -> str:
     return given if given else str(data_dir() / "nltk_data")
 
 
+def need_textattack() -> None:
+    """Skip the test without TextAttack; `pytest.importorskip` would import it, downloads and all."""
+    if find_spec("textattack") is None:
+        pytest.skip("TextAttack is not installed (it needs transformers 4)")
+
+
 @pytest.fixture
 def data() -> Path:
     """Folder with GLUE and AdvGLUE."""
@@ -49,7 +55,7 @@ def nltk_data(monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def offline_textattack(nltk_data: str) -> Any:
     """TextAttack, imported the way the kit does it."""
-    pytest.importorskip("textattack", reason="TextAttack needs transformers 4")
+    need_textattack()
     from rose_peft.robustness.textattack_offline import import_textattack
 
     return import_textattack()

@@ -101,8 +101,11 @@ def test_surface_of_a_quadratic_is_the_quadratic(dimensions: int) -> None:
 
 
 def test_worst_loss_at_a_minimum_follows_the_largest_eigenvalue() -> None:
-    at, hessian = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0, 0.0]), symmetric(1)
-    expected = 0.5 * float(torch.linalg.eigvalsh(hessian)[-1]) * (0.1 * 5.0) ** 2
+    # Turned at random, so that no coordinate is special.
+    turn = torch.linalg.qr(symmetric(1)).Q
+    hessian = turn @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.1])) @ turn.T
+    at = torch.tensor([3.0, 0.0, 4.0, 0.0, 0.0, 0.0])
+    expected = 0.5 * 8.0 * (0.1 * 5.0) ** 2
     found = worst_loss(Quadratic(hessian, at), [0], value, epsilon=0.1, ascent_steps=60)
     assert found.loss == pytest.approx(0, abs=1e-6)
     assert found.increase == pytest.approx(expected, rel=0.01)
