@@ -31,7 +31,7 @@ from rose_peft.robustness.predict import Predictor
 from rose_peft.robustness.resources import Resource
 from rose_peft.robustness.results import load_result
 
-from .conftest import REPOSITORY, KeywordModel, need_textattack, nltk_folder, tiny_bert
+from .conftest import REPOSITORY, KeywordModel, minilm, need_textattack, nltk_folder, tiny_bert
 
 ROWS = [
     ("the story was good", 1),
@@ -350,7 +350,8 @@ IMPORT = """
     def refuse(*_, **__):
         raise AssertionError("the network was asked")
     socket.create_connection = socket.getaddrinfo = refuse
-    log = logging.getLogger("mine")
+    on, off = logging.getLogger("on"), logging.getLogger("off")
+    off.disabled = True
     from rose_peft.robustness.textattack_offline import import_textattack
     from rose_peft.robustness.errors import RobustnessError
     try:
@@ -360,7 +361,7 @@ IMPORT = """
     from rose_peft.robustness.attack_recipes import RECIPES, build_attack
     from types import SimpleNamespace
     build_attack(RECIPES["pwws"], SimpleNamespace(model=object()), None, 8, False)
-    assert not log.disabled
+    assert off.disabled and not on.disabled
 """
 
 
@@ -425,3 +426,20 @@ def test_without_textattack_the_error_says_what_to_install(
     monkeypatch.setattr(textattack_offline, "TEXTATTACK", absent)
     with pytest.raises(MissingResourceError, match=r"TextAttack attacks need .* pip install 'textattack>=0\.3\.11'\."):
         attack(KeywordModel(tokenizer), tokenizer, tmp_path)
+
+
+def test_a_pretrained_encoder_meets_real_sentences(offline_textattack, data: Path, tmp_path: Path) -> None:
+    from rose_peft.robustness.adv_glue import evaluate_adv_glue
+    from rose_peft.robustness.data import load_adv_glue, load_glue
+    from rose_peft.robustness.loading import load_classifier
+
+    model, words = load_classifier(minilm(), 2)
+    for task in ("sst2", "rte"):
+        clean = load_glue(task, data).sample(6)
+        adversarial = load_adv_glue(task, data).sample(6)
+        figures = evaluate_adv_glue(model, words, task, clean=clean, adversarial=adversarial).figures()
+        report = attack(model, words, tmp_path / task, data=clean.select(range(3)), query_budget=40)
+        assert report.results["deepwordbug"].errors == 0
+        before = [record.result != "skipped" for record in report.records["deepwordbug"]]
+        assert before == Predictor(model, words).correct(clean.select(range(3)))
+        assert figures["adv_glue/accuracy"].n == 6

@@ -164,7 +164,7 @@ def named(*names: str) -> Examples:
 
 def test_label_order_follows_names_where_both_have_them() -> None:
     data = named("entailment", "neutral", "contradiction")
-    assert label_order(config("Contradiction", "NEUTRAL", "entailment"), data) == [2, 1, 0]
+    assert label_order(config("Contradiction", "entailment", "NEUTRAL"), data) == [1, 2, 0]
     assert label_order(config("LABEL_0", "LABEL_1", "LABEL_2"), data) == [0, 1, 2]
     assert label_order(config("0", "1", "2"), data) == [0, 1, 2]
     assert label_order(config("x", "y"), named()) == [0, 1]
