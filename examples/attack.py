@@ -83,7 +83,8 @@ def measure_speed(args: AttackArguments, data: DataArguments, run: RunArguments)
     for speed in speeds:
         print(
             f"{speed.recipe:16s}{speed.ours:14.2f}{speed.theirs:20.2f}{speed.ratio:8.1f}"
-            f"{100 * speed.same_results:11.0f} %"
+            f"{100 * speed.same_results:11.0f} %",
+            flush=True,
         )
 
 

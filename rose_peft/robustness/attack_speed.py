@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def compare_wrappers(
     seed: int = 0,
     query_budget: int | None = None,
     batch_size: int = 32,
-) -> list[Speed]:
+) -> Iterator[Speed]:
     """Time each attack on the same examples with the same seeds through both wrappers.
 
     The two take turns example by example, so that a machine that gets slower hits both alike.
@@ -64,6 +64,9 @@ def compare_wrappers(
         query_budget: Model queries that one example may cost; None for no limit.
         batch_size: Texts per forward pass, for both.
 
+    Yields:
+        The speed of each recipe, as soon as it is known.
+
     Raises:
         ModelError: If TextAttack's wrapper does not take the model.
     """
@@ -76,7 +79,6 @@ def compare_wrappers(
         theirs = HuggingFaceModelWrapper(model, tokenizer)
     except AssertionError as error:
         raise ModelError(f"model is a {type(model).__name__}, which TextAttack's wrapper refuses: {error}") from None
-    speeds = []
     # TextAttack's wrapper leaves the mode as it is, and would attack a model with dropout.
     with evaluating(model), generators_kept(), quiet():
         for name in expand(recipes):
@@ -98,5 +100,4 @@ def compare_wrappers(
                     outcomes.append((record.result, record.perturbed))
                 same += outcomes[0] == outcomes[1]
             count = len(examples)
-            speeds.append(Speed(name, count / seconds[0], count / seconds[1], same / count))
-    return speeds
+            yield Speed(name, count / seconds[0], count / seconds[1], same / count)

@@ -25,6 +25,7 @@ from .directions import (
     weights_kept,
 )
 from .errors import RobustnessError
+from .plotting import legend_below
 from .predict import Predictor, evaluating
 from .results import Figure, mean_figure
 
@@ -191,7 +192,7 @@ def worst_loss(
         batches: Fixed batches.
         loss: Loss of each example of a batch.
         epsilon: Radius of each tensor's ball over the tensor's norm.
-        ascent_steps: Steps of the ascent, each half the radius long.
+        ascent_steps: Steps of the ascent, each as long as the radius.
         seed: Seed of the start.
         scope: See `loss_surface`.
 
@@ -220,7 +221,7 @@ def worst_loss(
             here, gradient = mean_gradient(model, batches, loss, weights)
             highest = max(highest, here)
             offset = [
-                _within(part + _of_length(slope, 0.5 * radius), radius)
+                _within(part + _of_length(slope, radius), radius)
                 for part, slope, radius in zip(offset, gradient, radii, strict=True)
             ]
         move(weights, originals, [(1.0, offset)])
@@ -340,7 +341,7 @@ def plot_surfaces(
         axes.set_xlabel("step along direction 1")
         axes.set_ylabel("mean cross-entropy loss (nats)")
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=min(4, len(surfaces)), fontsize=9)
+        legend_below(figure, {str(line.get_label()): line for line in axes.lines})
     else:
         figure = _plot_planes(surfaces, ceiling)
     figure.suptitle(

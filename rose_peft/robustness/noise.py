@@ -21,6 +21,7 @@ from torch import nn
 from .data import Examples
 from .errors import MissingResourceError, RobustnessError
 from .homoglyphs import HOMOGLYPHS
+from .plotting import legend_below
 from .predict import Predictor
 from .results import Figure, share_figure
 
@@ -348,7 +349,7 @@ def plot_curves(
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(handles)), fontsize=9)
+    legend_below(figure, handles)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

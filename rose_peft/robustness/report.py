@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
 from .noise import plot_curves
+from .plotting import legend_below
 from .results import Figure, Result, load_result
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.suptitle(f"Clean against robust accuracy, {task}\nlarge: mean over seeds, small: one seed", fontsize=11)
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
+    legend_below(figure, shown)
     return figure
 
 

@@ -2,9 +2,9 @@
 
 On import TextAttack 0.3 runs a once-per-user "post-install" that downloads six NLTK packages and, with stanza
 installed, a parser; without a network this prints pages of errors, or hangs until the connection times out. It then
-reads NLTK's list of stop words, and configures logging in a way that switches off every logger there is. Its WordNet
-transformation downloads another package each time one is made. None of these downloads is needed where the word lists
-are there.
+reads NLTK's list of stop words. Its WordNet transformation downloads another package each time one is made. None of
+these downloads is needed where the word lists are there. On the way TextAttack switches every existing logger off and
+flair switches every one on, also those that the user had switched off.
 """
 
 from __future__ import annotations

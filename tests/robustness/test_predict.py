@@ -1,0 +1,117 @@
+"""Prediction: modes, order, padding, precision, and models of any kind."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rose_peft.robustness.data import Examples
+from rose_peft.robustness.errors import ModelError
+from rose_peft.robustness.predict import Predictor, evaluating
+
+from .conftest import KeywordModel, tiny_bert
+
+TEXTS = ["good film", "the plot is very very boring and dull and bad", "a", "bad story", "it was a great great film"]
+
+
+def one_by_one(model: nn.Module, tokenizer, texts) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        rows = [
+            model(**tokenizer(*([text] if isinstance(text, str) else text), return_tensors="pt")).logits
+            for text in texts
+        ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("paired", [False, True])
+def test_scores_are_those_of_each_text_alone_in_order(tokenizer, batch_size: int, paired: bool) -> None:
+    model = tiny_bert(tokenizer)
+    texts = list(zip(TEXTS, reversed(TEXTS), strict=True)) if paired else TEXTS
+    expected = one_by_one(model, tokenizer, texts)
+    model.train()
+    scores = Predictor(model, tokenizer, batch_size=batch_size)(texts)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+    assert not scores.requires_grad
+    assert model.training
+
+
+def test_peft_models_are_taken_as_they_are(tokenizer) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_bert(tokenizer)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False))
+    scores = Predictor(model, tokenizer)(TEXTS)
+    torch.testing.assert_close(scores, one_by_one(model, tokenizer, TEXTS), rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        assert not torch.allclose(scores, Predictor(model, tokenizer)(TEXTS))
+
+
+def test_padding_goes_no_further_than_each_batch(tokenizer) -> None:
+    model = KeywordModel(tokenizer)
+    texts = ["film " * 20, "good", "film " * 21, "bad"]
+    assert Predictor(model, tokenizer, batch_size=2).classes(texts) == [0, 1, 0, 0]
+    assert sorted(model.widths) == [3, 23]
+
+
+def test_long_texts_are_cut_at_the_tighter_limit(tokenizer) -> None:
+    model = KeywordModel(tokenizer)
+    Predictor(model, tokenizer)(["film " * 500])
+    Predictor(model, tokenizer, max_length=7)(["film " * 500])
+    assert model.widths == [48, 7]
+    assert Predictor(tiny_bert(tokenizer, max_position_embeddings=32), tokenizer).max_length == 32
+
+
+def test_label_order_reorders_scores(tokenizer) -> None:
+    model = tiny_bert(tokenizer, classes=3, id2label={0: "c", 1: "a", 2: "b"}, label2id={"c": 0, "a": 1, "b": 2})
+    examples = Examples((("good",),), (0,), label_names=("a", "b", "c"))
+    scores = Predictor.for_examples(model, tokenizer, examples)(TEXTS)
+    torch.testing.assert_close(scores, Predictor(model, tokenizer)(TEXTS)[:, [1, 2, 0]])
+
+
+def test_each_module_gets_its_own_mode_back(tokenizer) -> None:
+    model = tiny_bert(tokenizer).train()
+    model.bert.encoder.layer[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert set(before.values()) == {True, False}
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        raise RuntimeError("inside")
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_bfloat16_scores_come_back_as_float32(tokenizer) -> None:
+    model = tiny_bert(tokenizer)
+    exact = Predictor(model, tokenizer)(TEXTS)
+    under_autocast = Predictor(model, tokenizer, bf16=True)(TEXTS)
+    in_bfloat16 = Predictor(model.to(torch.bfloat16), tokenizer)(TEXTS)
+    for scores in (under_autocast, in_bfloat16):
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, exact)
+        torch.testing.assert_close(scores, exact, rtol=0.1, atol=0.2)
+
+
+def test_models_without_usable_logits_are_refused(tokenizer) -> None:
+    class Headless(nn.Module):
+        def forward(self, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(last_hidden_state=torch.zeros(1, 2, 3))
+
+    with pytest.raises(ModelError, match="Headless returned SimpleNamespace without logits"):
+        Predictor(Headless(), tokenizer)(["a"])
+
+
+def test_unusable_arguments_are_refused(tokenizer, keyword_model: KeywordModel) -> None:
+    with pytest.raises(ModelError, match="pad_token is not set"):
+        Predictor(keyword_model, SimpleNamespace(pad_token=None, model_max_length=8))
+    with pytest.raises(ModelError, match="batch_size=0"):
+        Predictor(keyword_model, tokenizer, batch_size=0)
+    with pytest.raises(ModelError, match="max_length=0"):
+        Predictor(keyword_model, tokenizer, max_length=0)
+    with pytest.raises(ModelError, match="mix"):
+        Predictor(keyword_model, tokenizer)(["a", ("a", "b")])
+    with pytest.raises(ModelError, match="empty"):
+        Predictor(keyword_model, tokenizer)([])

@@ -1,0 +1,235 @@
+"""Result files and the report: what is written is read back, what cannot be read is named, and numbers are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rose_peft.robustness.errors import ResultFileError
+from rose_peft.robustness.intervals import bootstrap_paired_difference
+from rose_peft.robustness.report import find_results, paired_differences, write_report
+from rose_peft.robustness.results import SCHEMA_VERSION, Figure, Result, load_result, mean_figure, share_figure
+
+from .conftest import REPOSITORY
+
+
+def result(method: str = "plain", seed: int = 0, task: str = "sst2", **figures: float) -> Result:
+    content = {"clean/accuracy": Figure(figures.pop("clean", 0.9), 100, 0.8, 0.95)}
+    content |= {name.replace("__", "/"): Figure(value, 50) for name, value in figures.items()}
+    return Result(method, task, seed, figures=content, cost={"seconds per step": 0.5}, config={"lr": 2e-5})
+
+
+def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+    saved = result(adv_glue__accuracy=0.4)
+    saved.figures["undefined"] = share_figure([])
+    saved.save(tmp_path / "a" / "r.json")
+    assert load_result(tmp_path / "a" / "r.json") == saved
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["r.json"]
+
+
+def test_numbers_json_cannot_hold_become_undefined(tmp_path: Path) -> None:
+    diverged = result()
+    diverged.figures["loss"] = Figure(float("nan"), 3, float("-inf"), float("inf"))
+    diverged.save(tmp_path / "r.json")
+    assert load_result(tmp_path / "r.json").figures["loss"] == Figure(None, 3)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    result().save(tmp_path / "r.json")
+    broken = result(clean=0.1)
+    broken.config["unwritable"] = object()
+    with pytest.raises(TypeError):
+        broken.save(tmp_path / "r.json")
+    assert load_result(tmp_path / "r.json") == result()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_figures_carry_their_intervals() -> None:
+    assert share_figure([True] * 81 + [False] * 182).low == pytest.approx(0.2553, abs=1e-4)
+    assert mean_figure([1.0, 2.0, 3.0]).value == 2.0
+    assert mean_figure([]) == Figure(None, 0)
+    assert str(Figure(0.5, 4, 0.15, 0.85)) == "0.5 [0.15, 0.85] (n=4)"
+
+
+def test_every_truncation_is_one_clear_line(tmp_path: Path) -> None:
+    result().save(tmp_path / "r.json")
+    whole = (tmp_path / "r.json").read_bytes()
+    for length in range(0, len(whole) - 2, 7):
+        (tmp_path / "cut.json").write_bytes(whole[:length])
+        with pytest.raises(ResultFileError, match=r"cut\.json: truncated or not JSON") as caught:
+            load_result(tmp_path / "cut.json")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": SCHEMA_VERSION + 1}, "this version of the kit reads"),
+        ({"schema_version": None}, "schema_version=None"),
+        ({"seed": "0"}, "seed='0' is no int"),
+        ({"figures": {"x": 0.5}}, "figure 'x' is 0.5"),
+        ({"figures": {"x": {"value": "high"}}}, "which is no number"),
+        ({"surprise": 1}, "unknown keys"),
+        ({"cost": 3}, "cost=3"),
+    ],
+)
+def test_foreign_files_are_named(tmp_path: Path, change: dict, message: str) -> None:
+    result().save(tmp_path / "r.json")
+    content = json.loads((tmp_path / "r.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps({**content, **change}))
+    with pytest.raises(ResultFileError, match=message):
+        load_result(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text("[1, 2]")
+    with pytest.raises(ResultFileError, match="no schema_version"):
+        load_result(tmp_path / "r.json")
+
+
+PLAIN = [0.30, 0.34, 0.29, 0.33, 0.35]
+ROSE = [0.36, 0.37, 0.34, 0.41, 0.38]
+
+
+def save_runs(folder: Path) -> list[Result]:
+    runs = []
+    for seed, (plain, rose) in enumerate(zip(PLAIN, ROSE, strict=True)):
+        for method, robust in (("rose", rose), ("plain", plain)):
+            one = result(method, seed, adv_glue__accuracy=robust, clean=0.9 - 0.01 * (method == "rose"))
+            one.save(folder / f"{method}-{seed}.json")
+            noise = {f"noise/typos@{rate:g}/accuracy": Figure(robust + 0.4 - rate, 50) for rate in (0.1, 0.3)}
+            dataclasses.replace(one, figures=noise).save(folder / f"{method}-{seed}-noise.json")
+            runs.append(one)
+    return runs
+
+
+def test_the_page_has_the_right_numbers(tmp_path: Path) -> None:
+    runs = save_runs(tmp_path / "runs")
+    report = write_report([tmp_path / "runs"], tmp_path / "out", as_html=True)
+    assert report.problems == []
+    assert len(report.results) == 10
+    lines = report.page.read_text().splitlines()
+    rows = {line.split(" | ")[0].strip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
+    assert rows["figure"] == ["rose"]  # of the second table; the first had plain before it
+    assert "| figure | plain (5 seeds) | rose (5 seeds) |" in lines
+    mean, spread = 100 * statistics.fmean(PLAIN), 100 * statistics.stdev(PLAIN)
+    assert rows["adv glue accuracy (%)"][0] == f"{mean:.1f} ± {spread:.1f}"
+    value, low, high = (100 * part for part in bootstrap_paired_difference(ROSE, PLAIN))
+    assert rows["adv glue accuracy (points)"] == [f"**{value:+.1f} [{low:+.1f}, {high:+.1f}]** (5)"]
+    assert rows["clean accuracy (points)"] == ["**-1.0 [-1.0, -1.0]** (5)"]
+    interval, count = paired_differences(runs, "rose", "plain", "adv_glue/accuracy")
+    assert count == 5 and interval.value == pytest.approx(statistics.fmean(ROSE) - statistics.fmean(PLAIN))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<td><b>{value:+.1f} [{low:+.1f}, {high:+.1f}]</b> (5)</td>" in page
+    for picture in report.pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.name in report.page.read_text() and picture.name in page
+    assert {picture.name for picture in report.pictures} == {"report_sst2_scatter.png", "report_sst2_noise.png"}
+
+
+def test_few_seeds_are_shown_but_never_emphasised(tmp_path: Path) -> None:
+    for seed in range(3):
+        result("plain", seed, adv_glue__accuracy=0.3).save(tmp_path / f"p{seed}.json")
+        result("rose", seed, adv_glue__accuracy=0.4 + seed / 100).save(tmp_path / f"r{seed}.json")
+    result("once", 0, adv_glue__accuracy=0.5).save(tmp_path / "o.json")
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert "| adv glue accuracy (points) | +20.0 (1) | +11.0 [+10.0, +12.0] (3) |" in page
+
+
+def test_pairs_are_formed_by_seed_not_by_order(tmp_path: Path) -> None:
+    runs = [result("plain", seed, x=seed / 10) for seed in (0, 1, 2)]
+    runs += [result("rose", seed, x=seed / 10 + 0.05) for seed in (2, 0, 7)]
+    interval, count = paired_differences(runs, "rose", "plain", "x")
+    assert count == 2
+    assert interval == pytest.approx((0.05, 0.05, 0.05))
+    assert paired_differences(runs, "rose", "absent", "x") is None
+
+
+def test_bad_files_are_listed_and_the_others_reported(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    save_runs(runs)
+    (runs / "cut.json").write_bytes((runs / "rose-0.json").read_bytes()[:90])
+    (runs / "empty.json").write_text("")
+    foreign = json.loads((runs / "rose-0.json").read_text()) | {"schema_version": 99}
+    (runs / "old.json").write_text(json.dumps(foreign))
+    (runs / "config.json").write_text('{"model_type": "bert"}')
+    report = write_report([runs, tmp_path / "absent.json"], tmp_path / "out")
+    assert len(report.results) == 10
+    named = [Path(line.partition(": ")[0]).name for line in report.problems]
+    assert sorted(named) == ["absent.json", "cut.json", "empty.json", "old.json"]
+    assert all(line in report.page.read_text() for line in report.problems)
+    with pytest.raises(ResultFileError, match=r"cut\.json"):
+        write_report([runs / "cut.json"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_conflicts_and_a_missing_baseline_are_said(tmp_path: Path) -> None:
+    result("rose", 0, adv_glue__accuracy=0.4).save(tmp_path / "a.json")
+    result("rose", 0, adv_glue__accuracy=0.5).save(tmp_path / "b.json")
+    report = write_report([tmp_path], tmp_path / "out")
+    assert any("adv_glue/accuracy of rose, sst2, seed 0 is 0.5 here and 0.4" in line for line in report.problems)
+    assert any("baseline='plain': no result is of this method" in line for line in report.problems)
+
+
+def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
+    one = result()
+    one.images = {"Masks": "masks.png", "Gone": "gone.png"}
+    one.save(tmp_path / "runs" / "r.json")
+    (tmp_path / "runs" / "masks.png").write_bytes(b"\x89PNG picture")
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    (copied,) = [path for path in report.pictures if "masks" in path.name]
+    assert copied.read_bytes() == b"\x89PNG picture"
+    assert f"![Masks: plain, sst2, seed 0]({copied.name})" in report.page.read_text()
+    assert any("image 'gone.png' is not there" in line for line in report.problems)
+
+
+@pytest.mark.parametrize("kind", ["scatter", "noise"])
+def test_legends_do_not_cover_panels_or_labels(tmp_path: Path, kind: str) -> None:
+    from rose_peft.robustness import report
+
+    runs = []
+    for number, method in enumerate(["plain", "two-pass", "random masks", "ROSE first order", "ROSE ensemble"]):
+        for seed in range(2):
+            one = result(method, seed, clean=0.9 + seed / 100, adv_glue__accuracy=0.3 + number / 50)
+            for kind_ in ("typos", "swaps", "deletions", "casing", "synonyms"):
+                one.figures |= {f"noise/{kind_}@{rate:g}/accuracy": Figure(0.9 - rate, 50) for rate in (0.1, 0.3)}
+            runs.append(one)
+    plot = report._plot_scatter if kind == "scatter" else report._plot_noise
+    picture = plot(runs, report._methods(runs, "plain"), "sst2")
+    picture.draw_without_rendering()
+    (legend,) = picture.legends
+    assert len(legend.get_texts()) == 5
+    box = legend.get_window_extent()
+    for axes in picture.axes:
+        if axes.get_visible():
+            assert not box.overlaps(axes.get_tightbbox())
+    assert picture.bbox.contains(box.x0 + 1, box.y0 + 1) and picture.bbox.contains(box.x1 - 1, box.y1 - 1)
+
+
+def test_the_command_line_writes_the_page(tmp_path: Path) -> None:
+    save_runs(tmp_path / "runs")
+    command = [
+        sys.executable,
+        "-m",
+        "rose_peft.robustness",
+        str(tmp_path / "runs"),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == tmp_path / "o" / "report.md"
+    failed = subprocess.run(
+        [*command[:3], "absent.json", *command[4:]], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.strip() == "error: absent.json: cannot be read (No such file or directory); check the path."
+
+
+def test_a_report_beside_its_sources_does_not_read_itself(tmp_path: Path) -> None:
+    save_runs(tmp_path)
+    first = write_report([tmp_path], tmp_path).page.read_text()
+    assert write_report([tmp_path], tmp_path).page.read_text() == first
+    assert find_results([tmp_path, tmp_path / "rose-0.json"]) == sorted(tmp_path.glob("*.json"))
