@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .config import ROSEConfig
-from .errors import RoseError
+from .errors import RoseConfigError, RoseError
+from .layer import RoseLayer
 from .selector import RoseSelector, find_selector
-from .tuner import ROSEModel
+from .tuner import ROSEModel, refuse_quantized
 
 
 def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
@@ -19,20 +21,42 @@ def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
 
     Args:
         model: A PeftModel with a trainable adapter, or any model. Must not be wrapped by DDP or FSDP yet.
-        config: Settings; `base_config` is not needed, the adapter is there already.
+        config: Settings. Over an adapter its modules are the units: `base_config` is not needed, `target_modules` and
+            `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units.
 
     Returns:
         The selector, for `statistics()`.
 
     Raises:
         AlreadyAttachedError: If ROSE is attached.
+        RoseConfigError: If a field cannot be followed here.
         TargetModulesError: If there is nothing to mask.
+        UnsupportedModelError: If a model without an adapter is quantized.
     """
+    over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
+    _check_config(config, over_adapter)
+    if not over_adapter:
+        refuse_quantized(model)
     if isinstance(model, PeftModel):
         tuner = model.base_model
         base = model.get_base_model()
         return RoseSelector(base if isinstance(tuner, ROSEModel) else tuner, base, config)
     return RoseSelector(model, model, config)
+
+
+def _check_config(config: ROSEConfig, over_adapter: bool) -> None:
+    if config.base_config is not None and not over_adapter:
+        raise RoseConfigError(
+            f"base_config={type(config.base_config).__name__} makes no adapter in attach_rose and the model has none: "
+            "use get_peft_model(model, config), or leave base_config out to train the model itself."
+        )
+    for name in ("target_modules", "exclude_modules") if over_adapter else ("exclude_modules",):
+        value = getattr(config, name)
+        if value is not None:
+            instead = "its adapter says which modules are units" if over_adapter else "freeze by requires_grad_(False)"
+            raise RoseConfigError(
+                f"{name}={value!r} has no effect in attach_rose on this model ({instead}); leave it out."
+            )
 
 
 def detach_rose(model: nn.Module) -> None:

@@ -56,8 +56,8 @@ def plot_masks(selector: RoseSelector, path: str | PathLike[str] | None = None) 
 
 def _short_names(names: list[str]) -> list[str]:
     """Drop the beginning that all names share, and the ending `.weight`."""
-    parts = [name.split(".") for name in names]
+    parts = [name.removesuffix(".weight").split(".") for name in names]
     shared = 0
     while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
         shared += 1
-    return [".".join(part[shared:]).removesuffix(".weight") for part in parts]
+    return [".".join(part[shared:]) for part in parts]

@@ -24,6 +24,8 @@ from .layer import RoseLayer, tie_copies
 from .selector import RoseSelector, find_selector
 from .units import base_modules, find_units
 
+_LATE_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class ROSEModel(BaseTuner):
     """
@@ -48,6 +50,7 @@ class ROSEModel(BaseTuner):
         if peft_config is None:  # copy and pickle fill the object in themselves
             return super().__new__(cls)
         config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        _add_late_heads(config)
         if find_selector(model) is not None:
             raise AlreadyAttachedError(
                 f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
@@ -94,13 +97,13 @@ class ROSEModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        _refuse_quantized(model)
-        if peft_config.target_modules is None and not peft_config.inference_mode:
-            self._record_frozen(peft_config, model)
+        refuse_quantized(model)
         _maybe_include_all_linear_layers(peft_config, model)  # in place
         self._targets = self._find_targets(peft_config, model)
         if not peft_config.inference_mode:
             find_units(model, peft_config, self._targets)  # refuses before anything is changed
+            if peft_config.target_modules is None:
+                self._record_frozen(peft_config, model)
 
     def _record_frozen(self, config: ROSEConfig, model: nn.Module) -> None:
         """Name modules that the user froze in the config, or a loaded adapter would expect weights for them."""
@@ -233,6 +236,16 @@ class ROSEModel(BaseTuner):
         """PEFT's warning about tied weights does not apply either."""
 
 
+def _add_late_heads(config: ROSEConfig) -> None:
+    """Name the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner.
+
+    By then the head would be wrapped as a part of the model, and the inner config would have been copied.
+    """
+    missing = [name for name in _LATE_HEADS.get(config.task_type, ()) if name not in (config.modules_to_save or ())]
+    if missing:
+        config.modules_to_save = [*(config.modules_to_save or ()), *missing]
+
+
 def _rose_layers(model: nn.Module) -> list[RoseLayer]:
     return [module for module in model.modules() if isinstance(module, RoseLayer)]
 
@@ -258,7 +271,12 @@ def _own_parameters(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters(recurse=False)]
 
 
-def _refuse_quantized(model: nn.Module) -> None:
+def refuse_quantized(model: nn.Module) -> None:
+    """Refuse full fine-tuning of a quantized model.
+
+    Raises:
+        UnsupportedModelError: Naming the mark or the parameter that tells.
+    """
     marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
     mark = next((mark for mark in marks if getattr(model, mark, None)), None)
     integer = next((name for name, param in model.named_parameters() if not param.is_floating_point()), None)

@@ -49,7 +49,8 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     for name, module in base_modules(model):
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or _inside(name, blocks):
             continue
-        children = list(module.children())
+        # A wrapped module is judged by what it wraps: all layers of ours are of one class and have children.
+        children = [c.get_base_layer() if isinstance(c, BaseTunerLayer) else c for c in module.children()]
         same = len({type(child) for child in children}) == 1
         composite = all(any(True for _ in child.children()) for child in children)
         # One child in a Sequential is how heads are written; one in a ModuleList is a model with one layer.

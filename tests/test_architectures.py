@@ -489,6 +489,210 @@ def test_injected_dropout_acts_in_training_only(name: str) -> None:
     assert not torch.equal(first, second)
 
 
+# Heads --------------------------------------------------------------------------------------------------------------
+
+
+def multi_label() -> dict[str, Tensor]:
+    return text(labels=torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]]))
+
+
+def regression() -> dict[str, Tensor]:
+    return text(labels=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+
+
+def tags() -> dict[str, Tensor]:
+    inputs = text()
+    labels = inputs["input_ids"] % 3
+    return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def spans() -> dict[str, Tensor]:
+    return text(start_positions=torch.tensor([0, 1, 2, 3]), end_positions=torch.tensor([1, 3, 2, 5]))
+
+
+def masked_words() -> dict[str, Tensor]:
+    inputs = text()
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(torch.arange(LENGTH) % 3 != 0, -100)}
+
+
+def classifier(**fields: Any) -> nn.Module:
+    return tf.BertForSequenceClassification(tf.BertConfig(**SIZES, **fields))
+
+
+BERT = CASES[0]
+HEADS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]], str | None]] = {
+    "single label": (classifier, classes, "SEQ_CLS"),
+    "multi label": (
+        lambda: classifier(num_labels=3, problem_type="multi_label_classification"),
+        multi_label,
+        "SEQ_CLS",
+    ),
+    "regression": (lambda: classifier(num_labels=1), regression, "SEQ_CLS"),
+    "token classification": (
+        lambda: tf.BertForTokenClassification(tf.BertConfig(**SIZES, num_labels=3)),
+        tags,
+        "TOKEN_CLS",
+    ),
+    "question answering": (lambda: tf.BertForQuestionAnswering(tf.BertConfig(**SIZES)), spans, "QUESTION_ANS"),
+    "masked LM": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES)), masked_words, None),
+}
+every_head = pytest.mark.parametrize("head", HEADS)
+
+
+def with_head(head: str, **fields: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model tuned by first order, and a batch for it."""
+    build, inputs, task_type = HEADS[head]
+    torch.manual_seed(0)
+    return get_peft_model(build(), ROSEConfig(task_type=task_type, strategy="first_order", **fields)), inputs()
+
+
+@every_head
+@pytest.mark.parametrize("over_lora", [False, True])
+def test_head(head: str, over_lora: bool, tmp_path) -> None:
+    inner = LoraConfig(r=2, target_modules=["query", "value"]) if over_lora else None
+    model, inputs = with_head(head, base_config=inner)
+    if inner is None:
+        assert sorted(unit.name for unit in get_selector(model).units) == BERT.unit_names()
+    masks = torch.stack(train_watched(model, inputs))
+    assert (masks == 0).any() and (masks == 1).any()
+    assert (get_selector(model).state.first_scores > 0).all()
+    trained = outputs(model, inputs)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(HEADS[head][0](), tmp_path)
+    assert torch.equal(outputs(loaded, inputs), trained)
+
+
+def two_passes(model: nn.Module, inputs: dict[str, Tensor]) -> list[Any]:
+    """What the two passes of one training call give, run by hand from the same seed."""
+    selector = get_selector(model)
+    model.train()
+    torch.manual_seed(7)
+    with selector._risk_pass():  # the hook keeps still
+        return [model(**inputs) for _ in range(2)]
+
+
+@every_head
+def test_loss_is_the_mean_of_both_passes(head: str) -> None:
+    model, inputs = with_head(head)
+    one, two = (output.loss for output in two_passes(model, inputs))
+    assert one != two
+    torch.manual_seed(7)
+    torch.testing.assert_close(model(**inputs).loss, (one + two) / 2, rtol=1e-6, atol=0)
+
+
+def test_both_passes_divide_by_the_items_that_were_given() -> None:
+    """Causal models take `num_items_in_batch` from the Trainer; pass 2 must not divide by its own count."""
+    case = next(case for case in CASES if case.name == "Llama")
+    model = get_peft_model(case.model(), case.config())
+    inputs = case.inputs()
+    counted = inputs["labels"][:, 1:] != -100
+    sums = [
+        torch.nn.functional.cross_entropy(
+            output.logits[:, :-1][counted], inputs["labels"][:, 1:][counted], reduction="sum"
+        )
+        for output in two_passes(model, inputs)
+    ]
+    torch.manual_seed(7)
+    loss = model(**inputs, num_items_in_batch=torch.tensor(100)).loss
+    torch.testing.assert_close(loss, (sums[0] + sums[1]) / 2 / 100, rtol=1e-5, atol=0)
+
+
+def first_order_scores(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Scores of one training call that changes nothing."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    torch.manual_seed(7)
+    model(**inputs).loss.backward()
+    optimizer.step()
+    return get_selector(model).state.first_scores.clone()
+
+
+def norms(model: nn.Module, divergence: Tensor) -> Tensor:
+    params = [unit.parameters()[0] for unit in get_selector(model).units]
+    return torch.stack([grad.norm().double() for grad in torch.autograd.grad(divergence, params)])
+
+
+def between_classes(one: Tensor, two: Tensor) -> Tensor:
+    """The symmetric divergence from torch's own distributions, which share no code with the package."""
+    first, second = (torch.distributions.Categorical(logits=logits) for logits in (one, two))
+    kl = torch.distributions.kl_divergence
+    return (kl(first, second) + kl(second, first)).sum() / 4
+
+
+def by_hand(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:
+    one, two = (output.logits[counted] for output in two_passes(model, inputs))
+    return norms(model, between_classes(one, two))
+
+
+def assert_same(scores: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_single_label_counts_every_example() -> None:
+    model, inputs = with_head("single label")
+    everywhere = torch.ones(4, dtype=torch.bool)
+    assert_same(first_order_scores(model, inputs), by_hand(model, inputs, everywhere))
+
+
+def test_multi_label_takes_labels_as_independent() -> None:
+    model, inputs = with_head("multi label")
+    scores = first_order_scores(model, inputs)
+    logits = [output.logits for output in two_passes(model, inputs)]
+    one, two = (torch.distributions.Bernoulli(logits=values) for values in logits)
+    kl = torch.distributions.kl_divergence
+    assert_same(scores, norms(model, (kl(one, two) + kl(two, one)).sum() / 4))
+
+
+def test_regression_takes_the_squared_difference() -> None:
+    model, inputs = with_head("regression")
+    scores = first_order_scores(model, inputs)
+    one, two = (output.logits for output in two_passes(model, inputs))
+    assert_same(scores, norms(model, (one - two).square().mean()))
+
+
+def test_spans_are_distributions_over_positions() -> None:
+    model, inputs = with_head("question answering")
+    scores = first_order_scores(model, inputs)
+    one, two = two_passes(model, inputs)
+    total = between_classes(one.start_logits, two.start_logits) + between_classes(one.end_logits, two.end_logits)
+    assert_same(scores, norms(model, total))
+
+
+@pytest.mark.parametrize("head", ["token classification", "masked LM"])
+def test_ignored_positions_do_not_count(head: str) -> None:
+    model, inputs = with_head(head)
+    inputs["labels"][:, 4:] = -100
+    scores = first_order_scores(model, inputs)
+    assert_same(scores, by_hand(model, inputs, inputs["labels"] != -100))
+    everywhere = by_hand(model, inputs, torch.ones_like(inputs["labels"], dtype=torch.bool))
+    assert not torch.allclose(scores, everywhere, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["GPT-2 (Conv1D)", "Llama"])
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_ignored_positions_do_not_count_for_the_token_before(name: str, task_type: str | None) -> None:
+    """In a causal model position t answers for the label at t + 1, as with prompts that are not to be learnt."""
+    case = next(case for case in CASES if case.name == name)
+    model = get_peft_model(case.model(), case.config(task_type=task_type, strategy="first_order"))
+    inputs = case.inputs()
+    inputs["labels"][:, :4] = -100
+    shifted = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+    shifted[:, :-1] = inputs["labels"][:, 1:] != -100
+    scores = first_order_scores(model, inputs)
+    assert_same(scores, by_hand(model, inputs, shifted))
+    unshifted = by_hand(model, inputs, inputs["labels"] != -100)
+    assert not torch.allclose(scores, unshifted, rtol=1e-2)
+
+
+def test_sequence_to_sequence_counts_the_labels_of_the_decoder() -> None:
+    case = next(case for case in CASES if case.name == "T5")
+    model = get_peft_model(case.model(), case.config(strategy="first_order"))
+    inputs = case.inputs()
+    inputs["labels"][:, 3:] = -100
+    assert_same(first_order_scores(model, inputs), by_hand(model, inputs, inputs["labels"] != -100))
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     for case in CASES:

@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
 from rose_peft import (
     AlreadyAttachedError,
@@ -29,7 +30,7 @@ from rose_peft import (
     get_selector,
 )
 
-from .tiny import batch, tiny_bert
+from .tiny import SIZES, batch, tiny_bert
 from .training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable
 
 QUERY_VALUE = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
@@ -290,6 +291,39 @@ def test_task_type_and_modules_to_save_on_either_config(side: str, tmp_path) -> 
     assert torch.equal(outputs(loaded, batch(loaded)), trained)
 
 
+@pytest.mark.parametrize("task_type, head", [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+@pytest.mark.parametrize("full", [False, True])
+def test_heads_that_peft_names_late(task_type: str, head: str, full: bool, tmp_path) -> None:
+    """For these tasks PEFT adds the head to modules_to_save after it has built the tuner."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        kind = BertForTokenClassification if task_type == "TOKEN_CLS" else BertForQuestionAnswering
+        return kind(BertConfig(**SIZES))
+
+    inputs = batch(base())
+    labels = inputs.pop("labels")
+    if task_type == "TOKEN_CLS":
+        inputs["labels"] = inputs["input_ids"] % 2
+    else:
+        inputs |= {"start_positions": labels, "end_positions": labels + 1}
+    inner = LoraConfig(r=2, target_modules=["query", "value"])
+    model = get_peft_model(base(), ROSEConfig(task_type=task_type, base_config=None if full else inner))
+    before = snapshot(model)
+    train_watched(model, inputs)
+    moved = {name for name in changed(model, before) if f".{head}." in name}
+    assert moved == {f"base_model.model.{head}.modules_to_save.default.{name}" for name in ("weight", "bias")}
+    trained = outputs(model, inputs)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(outputs(loaded, inputs), trained)
+    assert type(loaded) is type(model) is not PeftModel
+    if not full:
+        plain = get_peft_model(base(), LORA.inner(task_type=task_type))
+        assert set(model.peft_config["default"].modules_to_save) == set(plain.peft_config["default"].modules_to_save)
+        assert model.get_nb_trainable_parameters() == plain.get_nb_trainable_parameters()
+
+
 def test_modules_to_save_on_both_add_up_and_task_types_must_agree() -> None:
     inner = LoraConfig(r=2, target_modules=["query"], modules_to_save=["pooler"], task_type="SEQ_CLS")
     config = ROSEConfig(base_config=inner, modules_to_save=["classifier"])
@@ -356,6 +390,18 @@ def test_merging_over_an_inner_method() -> None:
             candidate(**batch(candidate)).loss.backward()
             optimizer.step()
     assert not changed(merged, snapshot(plain))
+
+
+def test_dropout_after_a_merge_is_that_of_the_next_adapter() -> None:
+    """The selector of a merged adapter puts the old dropout back before the next one sets its own, not later."""
+    model = LORA.tuned(dropout=0.3)
+    train(model, batch(model))
+    merged = model.merge_and_unload()
+    again = get_peft_model(merged, ROSEConfig(task_type="SEQ_CLS", base_config=LORA.inner(), dropout=0.2))
+    train_watched(again, batch(again))
+    assert {m.p for m in merged.modules() if isinstance(m, nn.Dropout)} == {0.2}
+    detach_rose(again)
+    assert {m.p for m in merged.modules() if isinstance(m, nn.Dropout)} == {0.1}
 
 
 # attach_rose and detach_rose ----------------------------------------------------------------------------------------

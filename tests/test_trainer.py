@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from rose_peft import RoseCallback, ROSEConfig, get_selector
-from tests.tiny import tiny_bert
+from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
+from rose_peft.selector import RoseSelector
+from tests.tiny import SIZES, tiny_bert
+from tests.training import outputs
 
 
 def rows(count: int = 32) -> list[dict[str, Any]]:
@@ -35,7 +37,10 @@ def run(output: Path, base: str = "full", resume: Path | None = None, **options:
         disable_tqdm=True,
         **settings,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[RoseCallback()])
+    evaluation = rows(8) if "eval_strategy" in settings else None
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows(), eval_dataset=evaluation, callbacks=[RoseCallback()]
+    )
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
@@ -70,3 +75,121 @@ def test_figures_reach_the_history_and_tensorboard(tmp_path: Path, monkeypatch: 
 def test_label_smoothing_trains(tmp_path: Path) -> None:
     trainer = run(tmp_path / "run", label_smoothing_factor=0.1)
     assert get_selector(trainer.model).statistics().steps == 8
+
+
+@pytest.mark.parametrize("base", ["full", "lora"])
+def test_best_model_is_loaded_at_the_end(base: str, tmp_path: Path) -> None:
+    """The rate is far too high, so the first checkpoint is the best: it must be what the model holds at the end."""
+    trainer = run(
+        tmp_path,
+        base,
+        eval_strategy="steps",
+        eval_steps=4,
+        learning_rate=0.3,
+        load_best_model_at_end=True,
+        lr_scheduler_type="constant",
+    )
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and losses[0] != losses[1]
+    best = tmp_path / f"checkpoint-{4 if losses[0] < losses[1] else 8}"
+    assert trainer.state.best_model_checkpoint == str(best)
+    other = tmp_path / f"checkpoint-{8 if losses[0] < losses[1] else 4}"
+    inputs = {"input_ids": torch.stack([row["input_ids"] for row in rows(8)])}
+    held = outputs(trainer.model, inputs)
+    loaded, worse = (PeftModel.from_pretrained(tiny_bert(num_labels=2), folder) for folder in (best, other))
+    assert torch.equal(outputs(loaded, inputs), held)
+    assert not torch.equal(outputs(worse, inputs), held)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_evaluation_is_one_pass_without_masks(tmp_path: Path) -> None:
+    trainer = run(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert get_selector(trainer.model).statistics().steps == 8
+    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 8 and not [name for entry in evaluated for name in entry if name.startswith("rose/")]
+
+
+def test_the_callback_fails_a_training_without_rose(tmp_path: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    plain = tiny_bert(num_labels=2)
+    with pytest.raises(RoseInactiveError, match="not attached"):
+        Trainer(model=plain, args=arguments, train_dataset=rows(), callbacks=[RoseCallback()]).train()
+
+
+def test_the_callback_fails_a_training_in_which_rose_never_acts(tmp_path: Path) -> None:
+    """An optimizer made before get_peft_model holds the frozen originals only."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no"
+    )
+    base = tiny_bert(num_labels=2)
+    optimizer = torch.optim.AdamW(base.parameters())
+    model = get_peft_model(base, ROSEConfig(task_type="SEQ_CLS"))
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows(),
+        callbacks=[RoseCallback()],
+        optimizers=(optimizer, None),
+    )
+    with pytest.raises(RoseInactiveError, match="3 steps, and ROSE acted in none"):
+        trainer.train()
+
+
+def test_accumulated_micro_batches_are_scored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches a step are two risk passes a step, ranked once."""
+    passes = []
+    original = RoseSelector._first_order_mask
+
+    def spy(self: RoseSelector, *args: Any) -> Any:
+        passes.append(int(self._counts[0]))
+        return original(self, *args)
+
+    monkeypatch.setattr(RoseSelector, "_first_order_mask", spy)
+    trainer = run(tmp_path)
+    assert passes == [2] * 8
+    assert get_selector(trainer.model).statistics().steps == 8
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_causal_model_divides_by_the_items_of_the_whole_batch(size: int, tmp_path: Path) -> None:
+    """The Trainer passes `num_items_in_batch` to such models; both passes must divide by it, not by their own."""
+    config = LlamaConfig(**{**SIZES, "num_key_value_heads": 1, "initializer_range": 0.02})
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config)
+    model = get_peft_model(base, ROSEConfig(task_type="CAUSAL_LM", dropout=0.1))
+    data = []
+    for index, row in enumerate(rows()):
+        labels = row["input_ids"].clone()
+        labels[: index % 6] = -100
+        data.append({"input_ids": row["input_ids"], "labels": labels})
+    seen = []
+
+    class Watched(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append((kwargs.get("num_items_in_batch"), (inputs["labels"][:, 1:] != -100).sum()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Watched(model=model, args=arguments, train_dataset=data, callbacks=[RoseCallback()])
+    trainer.train()
+    assert all(items is not None for items, _ in seen)
+    pairs = zip(seen[0::2], seen[1::2], strict=True)
+    assert all(int(first[0]) == int(second[0]) >= int(first[1] + second[1]) for first, second in pairs)
+    # At a learning rate of 0 the model stays random: a loss per token is then about the log of the vocabulary, and
+    # would be twice or half of it if a pass had divided by other counts.
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 3
+    assert all(0.7 < loss / torch.log(torch.tensor(float(config.vocab_size))) < 1.6 for loss in logged)
