@@ -6,7 +6,7 @@ VENV5 := .venv-transformers5
 .PHONY: demo test test-transformers5 test-distributed test-slow quality clean
 
 demo: $(VENV4)/.installed
-	$(VENV4)/bin/python examples/train.py
+	$(VENV4)/bin/python examples/train.py --output_dir runs/demo --overwrite
 
 # CPU tests gain nothing from threads, and one thread makes them repeatable to the last bit.
 test: export OMP_NUM_THREADS = 1
