@@ -7,6 +7,7 @@ add_peft_type()
 from .attach import attach_rose, detach_rose, get_selector  # noqa: E402
 from .config import ROSEConfig  # noqa: E402
 from .errors import (  # noqa: E402
+    AdapterFileError,
     AlreadyAttachedError,
     RankMismatchError,
     RoseConfigError,
@@ -26,6 +27,7 @@ from .version import __version__  # noqa: E402
 register(ROSEConfig, ROSEModel)
 
 __all__ = [
+    "AdapterFileError",
     "AlreadyAttachedError",
     "ROSEConfig",
     "ROSEModel",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftType, get_peft_config
 
+from .adapter_file import check_adapter_file
 from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
@@ -164,6 +165,21 @@ class ROSEConfig(PeftConfig):
                 raise RoseConfigError(
                     f"{name}={mine!r} differs from base_config.{name}={theirs!r}; set it on one of them only."
                 )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Load the config of a saved adapter, and look at the weights beside it.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub name.
+            subfolder: Folder inside it.
+            **kwargs: As in `PeftConfig.from_pretrained`.
+
+        Raises:
+            AdapterFileError: If the weights are cut off, or are not ROSE's.
+        """
+        check_adapter_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, the base config's too, ready for JSON."""

@@ -13,6 +13,10 @@ class TargetModulesError(RoseError, ValueError):
     """The module selection leaves nothing to train, or asks for something that cannot be wrapped."""
 
 
+class AdapterFileError(RoseError, ValueError):
+    """The weights of a saved adapter are cut off, or are not ROSE's."""
+
+
 class UnsupportedModelError(RoseError, TypeError):
     """The model, or what it returns, is of a kind that ROSE cannot train."""
 
