@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from torch import nn
@@ -99,3 +100,9 @@ def _move_to_front(callback: TrainerCallback, handler: Any) -> None:
     if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
+    else:
+        warnings.warn(
+            "RoseCallback was called by something other than the Trainer's CallbackHandler, so reporters that come "
+            "before it do not get its figures; put it first.",
+            stacklevel=3,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from transformers import TrainerControl, TrainerState
+from transformers.trainer_callback import CallbackHandler
 
 from rose_peft import RoseCallback, RoseInactiveError, attach_rose, detach_rose
 from tests.test_selector import adamw, config, train_step
@@ -11,9 +12,17 @@ from tests.tiny import tiny_bert
 
 
 def begin(model, global_step: int = 0) -> tuple[RoseCallback, TrainerState]:
+    """Call the callback through the Trainer's own handler."""
     callback, state = RoseCallback(), TrainerState(global_step=global_step)
-    callback.on_train_begin(None, state, TrainerControl(), model=model)
+    CallbackHandler([callback], model, None, None, None).on_train_begin(None, state, TrainerControl())
     return callback, state
+
+
+def test_a_caller_that_is_no_handler_is_warned():
+    model = tiny_bert()
+    attach_rose(model, config())
+    with pytest.warns(UserWarning, match="put it first"):
+        RoseCallback().on_train_begin(None, TrainerState(), TrainerControl(), model=model)
 
 
 def end(callback: RoseCallback, state: TrainerState) -> None:
