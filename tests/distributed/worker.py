@@ -19,9 +19,9 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BertConfig, BertForSequenceClassification
 
 from rose_peft import ROSEConfig, get_selector
+from tests.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
@@ -29,18 +29,8 @@ RANK = int(os.environ.get("RANK", 0))
 
 def build(strategy: str) -> nn.Module:
     """The same tiny model on every rank."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        num_labels=3,
-        initializer_range=0.2,
-    )
-    model = get_peft_model(BertForSequenceClassification(config), ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
-    return model.train()
+    model = tiny_bert(num_labels=3, hidden_size=32, intermediate_size=64, vocab_size=50, attn_implementation="sdpa")
+    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
 
 
 def wrap(model: nn.Module, engine: str) -> nn.Module:
