@@ -26,7 +26,7 @@ from .errors import (
 )
 from .statistics import RoseStatistics, SelectionState
 from .units import Unit, find_units
-from .update import MaskedStep, momentum_of, momentum_rule, owned_groups, square_norms
+from .update import MaskedStep, momentum_of, momentum_rule, owned_groups, square_norms, wide_dtype
 
 _SELECTOR = "_rose_selector"
 STATE_KEY = "rose"
@@ -72,7 +72,7 @@ class RoseSelector:
         self.config = config
         self.units: list[Unit] = find_units(model, config)
         self.state = SelectionState([unit.name for unit in self.units])
-        self._outgrown: dict[str, Any] | None = None
+        self._outgrown: list[dict[str, Any]] = []
         self._adapters = self._adapter_signature()
         self._witness = self._first_tuner_layer()
         self._in_risk_pass = False
@@ -134,6 +134,20 @@ class RoseSelector:
         self.host.__dict__.pop(_SELECTOR, None)
         _untrack(self)
 
+    def hand_over(self, config: ROSEConfig) -> RoseSelector:
+        """Go on with other settings, as for another adapter: a new selector, whose statistics start anew.
+
+        Args:
+            config: The settings.
+
+        Returns:
+            The new selector; it knows the state that this one may have left in an optimizer as outgrown.
+        """
+        self.detach()
+        successor = RoseSelector(self.host, self.model, config)
+        successor._outgrown = [*self._outgrown, self.state.values]
+        return successor
+
     def detach_if_unloaded(self) -> bool:
         """Detach where the adapter was merged or unloaded: other methods' tuners do not tell us."""
         if self._witness is None:
@@ -173,9 +187,9 @@ class RoseSelector:
         self._witness = self._first_tuner_layer()
         names = [unit.name for unit in self.units]
         if names != self.state.units:
-            self._outgrown = self.state.values
+            self._outgrown.append(self.state.values)
             self.state = SelectionState(names)
-            self.state.continue_from(self._outgrown)
+            self.state.continue_from(self._outgrown[-1])
         self._clear_window()
 
     def _adapter_signature(self) -> tuple[tuple[str, int], ...]:
@@ -294,7 +308,7 @@ class RoseSelector:
         if not gradients:
             self._clear_window()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
-            alive = (square_norms(_local(gradients)).sum() != 0).double()
+            alive = square_norms(_local(gradients)).sum() != 0
             self._square_sum = self._square_sum * alive
             self._counts = self._counts * alive
 
@@ -315,14 +329,13 @@ class RoseSelector:
         device = found[0][1].device
         square_sums = self._per_unit(found, device) / scale**2
         finite = torch.isfinite(square_sums.sum())
-        ones = finite.double()
-        counts = torch.stack([ones, 1 - ones, equal.to(device).double()])
+        counts = torch.stack([finite, ~finite, equal.to(device)]).to(square_sums.dtype)
         square_sums = torch.where(finite, square_sums, torch.zeros_like(square_sums))
         self._square_sum = square_sums if self._square_sum is None else self._square_sum + square_sums
         self._counts = counts if self._counts is None else self._counts + counts
 
     def _per_unit(self, tensors: list[tuple[int, Tensor]], device: torch.device) -> Tensor:
-        """Sum squared norms per unit in a fixed order: float64 [U]."""
+        """Sum squared norms per unit in a fixed order: [U] in the device's `wide_dtype`."""
         square = square_norms(_local([tensor for _, tensor in tensors]))
         rows: list[list[int]] = [[] for _ in self.units]
         for position, (index, _) in enumerate(tensors):
@@ -424,7 +437,7 @@ class RoseSelector:
         saved = group.get(STATE_KEY)
         if saved is self.state.values:
             return
-        if saved is not None and saved is not self._outgrown:
+        if saved is not None and not any(saved is values for values in self._outgrown):
             self.state.load(saved)
         group[STATE_KEY] = self.state.values
 
@@ -455,11 +468,11 @@ class RoseSelector:
     ) -> Tensor:
         device = stepping[0][1].device
         if self._square_sum is None or self._counts is None:
-            sums = torch.zeros(len(self.units) + 3, dtype=torch.float64, device=device)
+            sums = torch.zeros(len(self.units) + 3, dtype=wide_dtype(device), device=device)
         else:
             sums = torch.cat([self._square_sum, self._counts]).to(device)
             self._check_risk_reached(stepping)
-        sums = distributed.sum_over_ranks(sums).cpu()
+        sums = distributed.sum_over_ranks(sums).cpu().double()
         square_sum, (finite, skipped, equal) = sums[:-3], sums[-3:].tolist()
         # Stepping twice with the same gradients is the user's right. New gradients without a training pass through
         # the hook mean that it is bypassed.
@@ -508,7 +521,7 @@ class RoseSelector:
         sums = torch.cat([self._per_unit(gradients, device), self._per_unit(momenta, device)])
         if isinstance(stepping[0][1], DTensor):  # shards of one tensor add up to its norm
             sums = distributed.sum_over_ranks(sums)
-        grad_norms, momentum_norms = sums.cpu().sqrt().chunk(2)
+        grad_norms, momentum_norms = sums.cpu().double().sqrt().chunk(2)
         scores = selection.second_order_scores(
             (grad_norms / loss_scale).to(dtype), momentum_norms.to(dtype), fresh.to(dtype)
         )

@@ -149,9 +149,15 @@ class SelectionState:
                 f"the optimizer state holds ROSE state of {len(theirs)} units, this model has {len(mine)} (different: "
                 f"{odd}); resume with the config and the model that the checkpoint was made with."
             )
-        for name, value in self.values.items():
-            if isinstance(value, Tensor):
-                value.copy_(values[name])
+        tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if not isinstance(values.get(name), Tensor) or values[name].shape != value.shape:
+                raise RoseError(
+                    f"the optimizer state holds ROSE state without a fitting {name!r}, so it comes from another "
+                    "version of rose_peft; resume with that version."
+                )
+        for name, value in tensors.items():
+            value.copy_(values[name])
 
     def continue_from(self, values: dict[str, Any]) -> None:
         """Take over what is known of units of the same names; new ones start from nothing.

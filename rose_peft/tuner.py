@@ -90,8 +90,7 @@ class ROSEModel(BaseTuner):
         name = adapter_name if isinstance(adapter_name, str) else next(iter(adapter_name), None)
         config: Any = self.peft_config.get(name) if name is not None else None
         if selector is not None and config is not None and selector.config is not config:
-            selector.detach()
-            RoseSelector(self.model, self.model, config)
+            selector.hand_over(config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config

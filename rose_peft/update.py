@@ -170,14 +170,20 @@ def owned_groups(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     return {id(param): group for group in optimizer.param_groups for param in group["params"]}
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for sums of squares: float64, in which squares of float32 norms are exact; Apple GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def square_norms(tensors: Iterable[Tensor]) -> Tensor:
     """Squared Frobenius norms, one kernel for all tensors and no host synchronisation.
 
     Args:
-        tensors: Any shapes and float dtypes, one device; at least one.
+        tensors: Any shapes and float dtypes; at least one. They may lie on several devices.
 
     Returns:
-        float64 [number of tensors]: squares of float32 norms are exact there, so that the norm itself can be had back.
+        [number of tensors] on the first tensor's device, in its `wide_dtype`.
     """
     norms = torch._foreach_norm([t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors])
-    return torch.stack([norm.double() for norm in norms]).square()
+    device = norms[0].device
+    return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).square()

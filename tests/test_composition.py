@@ -570,3 +570,20 @@ def test_a_base_config_without_a_match_leaves_the_model_alone() -> None:
     optimizer = optimizer_of(model)
     model.train()
     step(model, optimizer, batch(model))
+
+
+def test_one_optimizer_serves_adapters_with_other_targets_in_turn() -> None:
+    """Full fine-tuning: the state that the first adapter left in the optimizer must not stand in the second's way."""
+    model = get_peft_model(tiny_bert(), ROSEConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    model.add_adapter("other", ROSEConfig(task_type="SEQ_CLS", target_modules=["value", "key"], upper_quantile=0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        for _ in range(2):
+            model(**batch(model)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        statistics = get_selector(model).statistics()
+        assert statistics.steps == 2
+        trained = {unit for unit, values in statistics.units.items() if values.kept_share == values.kept_share}
+        assert all(("query" in unit) == (name == "default") for unit in trained) and trained

@@ -819,6 +819,20 @@ def test_the_state_of_other_units_is_refused():
         train_step(model, other, 0)
 
 
+@pytest.mark.parametrize("break_it", [lambda v: v.pop("mask_sum"), lambda v: v.update(history=torch.zeros(3, 16))])
+def test_the_state_of_another_version_is_refused_whole(break_it):
+    _, optimizer = trained("ensemble", range(2))
+    saved = copy.deepcopy(optimizer.state_dict()["param_groups"])[0]["rose"]
+    break_it(saved)
+    model = tiny_bert()
+    selector = attach_rose(model, config())
+    other = adamw(model)
+    other.param_groups[0]["rose"] = saved
+    with pytest.raises(RoseError, match="another version of rose_peft"):
+        train_step(model, other, 0)
+    assert int(selector.state.steps) == 0
+
+
 def test_an_optimizer_state_without_rose_is_welcome():
     """A checkpoint of plain fine-tuning is continued with ROSE."""
     plain = tiny_bert()
