@@ -15,6 +15,13 @@ from rose_peft import ROSEConfig
 STRATEGIES = ("none", "first_order", "second_order", "ensemble")
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULERS = ("linear", "cosine", "constant_with_warmup")
+# Variants of the scores (variants.py), and the strategies whose scores they replace.
+VARIANT_STRATEGIES = {
+    "random": ("second_order",),
+    "momentum_change": ("second_order", "ensemble"),
+    "size_normalised": ("first_order", "ensemble"),
+}
+OBJECTIVES = ("cross_entropy", "two_pass", "r_drop", "fgm")
 # What each number must be, as (test, words for it); every one must be finite besides.
 BOUNDS = {
     "epochs": (lambda value: value >= 1, "at least 1"),
@@ -30,6 +37,8 @@ BOUNDS = {
     "adam_epsilon": (lambda value: value >= 0, "at least 0"),
     "warmup_ratio": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "max_grad_norm": (lambda value: value >= 0, "at least 0; 0 does not clip"),
+    "r_drop_alpha": (lambda value: value >= 0, "at least 0"),
+    "fgm_epsilon": (lambda value: value > 0, "above 0"),
 }
 
 
@@ -91,10 +100,30 @@ class TrainArguments:
     rose_warmup_steps: int = field(default=0, metadata={"help": "Steps before masks act."})
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the training passes, see ROSEConfig."})
 
+    variant: str | None = field(
+        default=None,
+        metadata={
+            "help": "Experiment: other scores in place of the strategy's own. random (with second_order), "
+            "momentum_change (second_order or ensemble), size_normalised (first_order or ensemble)."
+        },
+    )
+    objective: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "What a step minimises: cross_entropy; two_pass, its mean over two dropout passes; r_drop, that "
+            "and their divergence; fgm, that and the loss on adversarially shifted embeddings. Goes with any strategy."
+        },
+    )
+    r_drop_alpha: float = field(default=1.0, metadata={"help": "Weight of the divergence in r_drop."})
+    fgm_epsilon: float = field(default=1.0, metadata={"help": "Length of the shift of each example in fgm."})
+
     # Training
     epochs: int = field(default=3, metadata={"help": "Passes over the training data."})
     batch_size: int = field(default=32, metadata={"help": "Examples per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
+    group_by_length: bool = field(
+        default=False, metadata={"help": "Batch examples of similar length: less padding, hence faster."}
+    )
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay; not on biases and norms."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1."})
@@ -125,6 +154,14 @@ class TrainArguments:
             raise InputError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         if self.lr_scheduler not in SCHEDULERS:
             raise InputError(f"lr_scheduler={self.lr_scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}.")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
+        if self.variant is not None and self.strategy not in VARIANT_STRATEGIES.get(self.variant, ()):
+            raise InputError(
+                f"variant={self.variant!r} does not go with strategy={self.strategy!r}; possible are "
+                + "; ".join(f"{name} with {' or '.join(fits)}" for name, fits in VARIANT_STRATEGIES.items())
+                + "."
+            )
         if self.mixed_precision not in (None, *PRECISIONS):
             raise InputError(f"mixed_precision={self.mixed_precision!r}; choose one of {', '.join(PRECISIONS)}.")
         for name, (holds, words) in BOUNDS.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,41 @@ def build(way: str, name: str) -> nn.Module:
     return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=way))  # type: ignore[arg-type]
 
 
+def time_in_turn(
+    steps: Mapping[str, Callable[[], None]], rounds: int, before_round: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Take steps of all ways in turn, so that a machine that gets slower hits all alike.
+
+    Args:
+        steps: Name of each way -> a function that takes one of its steps.
+        rounds: Rounds that count; two more go before them.
+        before_round: Called before each round.
+
+    Returns:
+        Seconds of each way's step in each round.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in steps}
+    for round_ in range(-2, rounds):
+        before_round()
+        for way, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_ >= 0:
+                seconds[way].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, tuple[float, float, float]]:
+    """Quartiles (low, median, high) of each way's time over the baseline's of the same round."""
+    found = {}
+    for way, times in seconds.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(times, seconds[baseline], strict=True)], n=4)
+        found[way] = (low, middle, high)
+    return found
+
+
 def main() -> None:
     """Measure and print the table."""
     (args,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
@@ -60,28 +96,26 @@ def main() -> None:
         name = args.model_name_or_path or embedded_encoder()
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
-    steps = {}
-    for way in WAYS:
+    batch: dict[str, torch.Tensor] = {}
+
+    def stepper(way: str) -> Callable[[], None]:
         model = build(way, name).to(args.device).train()
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-5)
-        steps[way] = (model, optimizer)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for round_ in range(args.rounds + 2):
-        ids = torch.randint(1000, 20000, (args.batch_size, args.length), device=args.device)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
-        for way, (model, optimizer) in steps.items():
-            start = time.perf_counter()
+
+        def step() -> None:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if args.device != "cpu":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                seconds[way].append(time.perf_counter() - start)
+
+        return step
+
+    def new_batch() -> None:
+        ids = torch.randint(1000, 20000, (args.batch_size, args.length), device=args.device)
+        batch.update(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids[:, 0] % 2)
+
+    seconds = time_in_turn({way: stepper(way) for way in WAYS}, args.rounds, new_batch)
     print(f"{'way':18s} {'ms/step':>9s} {'x plain':>8s}   (quartiles of the ratio)")
-    for way in WAYS:
-        ratios = [mine / plain for mine, plain in zip(seconds[way], seconds["plain"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for way, (low, middle, high) in ratios(seconds, "plain").items():
         print(f"{way:18s} {1e3 * statistics.median(seconds[way]):9.1f} {middle:8.2f}   ({low:.2f} to {high:.2f})")
 
 

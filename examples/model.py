@@ -11,6 +11,7 @@ from arguments import InputError, TrainArguments, reason
 from peft import LoraConfig, PeftConfig, get_peft_config, get_peft_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from variants import use_variant
 
 from rose_peft import ROSEConfig, RoseError
 
@@ -91,7 +92,10 @@ def build_model(args: TrainArguments, labels: list[str]) -> tuple[nn.Module, Pre
     if config is None:
         return model, tokenizer
     try:
-        return get_peft_model(model, config), tokenizer
+        model = get_peft_model(model, config)
+        if args.variant is not None:
+            use_variant(model, args.variant, args.seed)
+        return model, tokenizer
     except RoseError:
         raise
     except (ValueError, TypeError, KeyError) as error:

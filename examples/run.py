@@ -20,6 +20,7 @@ from data import TextData
 from datasets import Dataset
 from evaluation import accuracy
 from model import build_model
+from objectives import make_objective
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
@@ -30,21 +31,40 @@ from rose_peft import RoseError, get_selector, plot_masks
 SCHEMA_VERSION = 1
 # Where a run lies and how it is started does not define it.
 NOT_DEFINING = ("output_dir", "resume", "overwrite", "save_steps")
+SPAN_BATCHES = 32
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on seed and epoch alone, so that a resumed run sees the same order."""
+    """
+    A permutation that depends on seed and epoch alone, so that a resumed run sees the same order.
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, 0
+    Args:
+        lengths: Length of each example in tokens.
+        seed: Seed of the run.
+        batch_size: Group examples of similar length into batches of this size; None does not group.
+    """
+
+    def __init__(self, lengths: list[int], seed: int, batch_size: int | None = None) -> None:
+        self.lengths, self.seed, self.batch_size, self.epoch = lengths, seed, batch_size, 0
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        return iter(torch.randperm(self.size, generator=generator).tolist())
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        return iter(order if self.batch_size is None else self._grouped(order, self.batch_size, generator))
+
+    def _grouped(self, order: list[int], size: int, generator: torch.Generator) -> list[int]:
+        """Sort by length inside spans of many batches, so that batches differ from epoch to epoch, and mix batches."""
+        span = SPAN_BATCHES * size
+        parts = [sorted(order[at : at + span], key=self.lengths.__getitem__) for at in range(0, len(order), span)]
+        rows = [row for part in parts for row in part]
+        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+        mixed = torch.randperm(len(rows) // size, generator=generator).tolist()
+        whole = [row for number in mixed for row in batches[number]]
+        return whole + rows[len(whole) :]  # a smaller batch stays last, or it would shift all after it
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.lengths)
 
 
 @dataclass
@@ -132,19 +152,25 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
 
     pad = DataCollatorWithPadding(tokenizer)
 
-    def loader(data: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
-        rows = tokenize(data, tokenizer, args.max_length)
+    def loader(rows: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         # A generator of its own keeps the loader from drawing on the global one, which dropout and resuming rely on.
         return DataLoader(
             rows, args.batch_size, sampler=sampler, collate_fn=pad, generator=torch.Generator().manual_seed(0)
         )
 
-    sampler = EpochSampler(len(text.train), args.seed)
+    rows = {
+        name: tokenize(data, tokenizer, args.max_length)
+        for name, data in (("train", text.train), ("clean", text.validation), ("robust", text.robust))
+        if data is not None
+    }
+    lengths = [len(ids) for ids in rows["train"]["input_ids"]]
+    sampler = EpochSampler(lengths, args.seed, args.batch_size if args.group_by_length else None)
     optimizer = make_optimizer(model, args)
+    objective = make_objective(args)
     model, optimizer, train_loader, clean_loader = accelerator.prepare(
-        model, optimizer, loader(text.train, sampler), loader(text.validation)
+        model, optimizer, loader(rows["train"], sampler), loader(rows["clean"])
     )
-    robust_loader = accelerator.prepare(loader(text.robust)) if text.robust is not None else None
+    robust_loader = accelerator.prepare(loader(rows["robust"])) if "robust" in rows else None
     steps_per_epoch = -(-len(train_loader) // args.gradient_accumulation_steps)
     total = steps_per_epoch * args.epochs
     scheduler = get_scheduler(args.lr_scheduler, optimizer, round(args.warmup_ratio * total), total)
@@ -168,8 +194,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         start = time.perf_counter()
         for batch in batches:
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
-                accelerator.backward(loss)
+                loss = objective(model, batch, accelerator.backward)
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()

@@ -484,7 +484,7 @@ class RoseSelector:
             )
         self._notice_idle_step(finite, skipped, equal)
         if finite > 0:
-            scores = selection.root_mean_square(square_sum, torch.tensor(finite, dtype=torch.float64)).to(dtype)
+            scores = self.first_order_scores(square_sum, finite).to(dtype)
             # A unit that took no part in any risk pass (an expert without tokens) has nothing to be ranked by.
             mask, thresholds = selection.quantile_band(
                 scores, self.config.lower_quantile, self.config.upper_quantile, without_gradient | (square_sum == 0)
@@ -504,36 +504,74 @@ class RoseSelector:
         loss_scale: float,
     ) -> Tensor:
         fresh = torch.ones(len(self.units), dtype=torch.float64)
-        momenta: list[tuple[int, Tensor]] = []
+        tensors: list[tuple[int, Tensor, Tensor | None]] = []
         for index, param in stepping:
             group = groups[id(param)]
             rule = momentum_rule(optimizer, group)
             if rule is None:
                 raise _no_momentum(optimizer, group, self.config.strategy)
             fresh[index] = rule.fresh
-            momentum = momentum_of(optimizer, param, rule)
-            if momentum is not None:
-                momenta.append((index, momentum))
-        if not momenta:  # the first step: nothing to compare with
+            if param.grad is not None:
+                tensors.append((index, param.grad, momentum_of(optimizer, param, rule)))
+        if all(momentum is None for _, _, momentum in tensors):  # the first step: nothing to compare with
             return torch.ones(len(self.units))
-        device = stepping[0][1].device
-        gradients = [(index, param.grad) for index, param in stepping if param.grad is not None]
-        sums = torch.cat([self._per_unit(gradients, device), self._per_unit(momenta, device)])
-        if isinstance(stepping[0][1], DTensor):  # shards of one tensor add up to its norm
-            sums = distributed.sum_over_ranks(sums)
-        grad_norms, momentum_norms = sums.cpu().double().sqrt().chunk(2)
-        scores = selection.second_order_scores(
-            (grad_norms / loss_scale).to(dtype), momentum_norms.to(dtype), fresh.to(dtype)
-        )
+        scores, incomparable = self.second_order_scores(tensors, fresh.to(dtype), loss_scale)
         mask, thresholds = selection.quantile_band(
-            scores,
-            self.config.lower_quantile,
-            self.config.upper_quantile,
-            without_gradient | (momentum_norms == 0),
+            scores, self.config.lower_quantile, self.config.upper_quantile, without_gradient | incomparable
         )
         self.state.second_scores.copy_(scores)
         self.state.second_thresholds.copy_(thresholds)
         return mask
+
+    # The scores: here experiments put others in their place ----------------------------------------------------------
+
+    def first_order_scores(self, square_sum: Tensor, passes: float) -> Tensor:
+        """Score each unit by the gradient of its dropout divergence.
+
+        Args:
+            square_sum: Squared norms summed over the risk passes of all ranks, float64 [U].
+            passes: Number of risk passes, at least 1.
+
+        Returns:
+            float64 [U].
+        """
+        return selection.root_mean_square(square_sum, torch.tensor(passes, dtype=torch.float64))
+
+    def second_order_scores(
+        self, tensors: list[tuple[int, Tensor, Tensor | None]], fresh: Tensor, loss_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Score each unit by its gradient against its momentum.
+
+        Args:
+            tensors: (unit index, gradient, momentum before the step or None) of each parameter.
+            fresh: Factor with which each unit's gradient enters its momentum, float [U].
+            loss_scale: Scale that the gradients still carry.
+
+        Returns:
+            Scores in the dtype of `fresh` [U], and the units without momentum to compare with, bool [U].
+        """
+        gradients = [(index, grad) for index, grad, _ in tensors]
+        momenta = [(index, momentum) for index, _, momentum in tensors if momentum is not None]
+        grad_norms, momentum_norms = self.unit_norms(gradients, momenta)
+        scores = selection.second_order_scores(
+            (grad_norms / loss_scale).to(fresh.dtype), momentum_norms.to(fresh.dtype), fresh
+        )
+        return scores, momentum_norms == 0
+
+    def unit_norms(self, *lists: list[tuple[int, Tensor]]) -> tuple[Tensor, ...]:
+        """Norms per unit of several lists of tensors, with one transfer from the device.
+
+        Args:
+            lists: (unit index, tensor) each; whole tensors, or shards of which every rank has its part.
+
+        Returns:
+            float64 [U] on the CPU for each list, zero for units without tensors.
+        """
+        device = lists[0][0][1].device
+        sums = torch.cat([self._per_unit(tensors, device) for tensors in lists])
+        if isinstance(lists[0][0][1], DTensor):  # shards of one tensor add up to its norm
+            sums = distributed.sum_over_ranks(sums)
+        return sums.cpu().double().sqrt().chunk(len(lists))
 
     def _check_risk_reached(self, stepping: list[tuple[int, Tensor]]) -> None:
         unreached = {index for index, _ in stepping} - self._reached

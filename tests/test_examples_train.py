@@ -18,7 +18,9 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+
+from tests.task import tiny_task
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("datasets")
@@ -33,31 +35,7 @@ import train  # noqa: E402
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A tiny random BERT with a tokenizer, and demo reviews in the layout of --data_dir."""
-    folder = tmp_path_factory.mktemp("inputs")
-    splits = demo_data.demo_splits(96, 48)
-    words = sorted({word for split in splits.values() for text in split["sentence"] for word in text.split()})
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(vocab_file=str(vocabulary)).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(words) + 5,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.1,
-    )
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "model")
-    for name, split in (("train", "train"), ("validation", "validation")):
-        path = folder / "data" / "glue" / "sst2" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        splits[split].to_parquet(path)
-    path = folder / "data" / "adv_glue" / "adv_sst2" / "validation.parquet"
-    path.parent.mkdir(parents=True)
-    splits["robust"].to_parquet(path)
-    return {"model": str(folder / "model"), "data": str(folder / "data")}
+    return tiny_task(tmp_path_factory.mktemp("inputs"))
 
 
 def options(inputs: dict[str, str], output: Path, *more: str) -> list[str]:
@@ -127,15 +105,65 @@ def _accuracy(model: torch.nn.Module, inputs: dict[str, str]) -> float:
     return int((logits.argmax(-1) == torch.tensor(list(split["label"]))).sum()) / len(split)
 
 
+class Interrupted(BaseException):
+    """Stands for a process that ends between two saves."""
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 100, 1200])
+def test_grouping_by_length_keeps_every_example_and_the_last_batch_last(size: int) -> None:
+    lengths = torch.randint(1, 60, (size,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = run.EpochSampler(lengths, seed=0, batch_size=16)
+    first = list(sampler)
+    assert sorted(first) == list(range(size)) and list(sampler) == first
+    sampler.epoch = 1
+    assert size == 1 or list(sampler) != first
+    if size < 100:
+        return
+    padding = {}
+    for name, rows in (("grouped", first), ("mixed", list(run.EpochSampler(lengths, seed=0)))):
+        batches = [[lengths[row] for row in rows[at : at + 16]] for at in range(0, size, 16)]
+        padding[name] = sum(max(batch) * len(batch) - sum(batch) for batch in batches)
+        longest = [max(batch) for batch in batches[:-1]]
+        assert longest != sorted(longest)  # batches are mixed
+    assert padding["grouped"] < padding["mixed"] / 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--objective", "r_drop", "--strategy", "none"),
+        ("--objective", "fgm", "--gradient_accumulation_steps", "2"),
+        ("--strategy", "second_order", "--variant", "random", "--group_by_length"),
+    ],
+)
+def test_baselines_train_and_resume_to_the_last_bit(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.main(options(inputs, whole, *more, "--save_steps", "2")) == 0
+    save = run._save
+
+    def save_and_die(*arguments: Any) -> None:
+        save(*arguments)
+        raise Interrupted
+
+    monkeypatch.setattr(run, "_save", save_and_die)
+    with pytest.raises(Interrupted):
+        train.main(options(inputs, broken, *more, "--save_steps", "2"))
+    monkeypatch.setattr(run, "_save", save)
+    assert train.main(options(inputs, broken, *more, "--save_steps", "2", "--resume")) == 0
+    assert_same_run(whole, broken)
+    plain = tmp_path / "plain"
+    assert train.main(options(inputs, plain, "--strategy", "none" if "none" in more else "second_order")) == 0
+    with_it, without = weights(whole), weights(plain)
+    assert any(not torch.equal(with_it[name], without[name]) for name in with_it)
+
+
 def test_switched_off_means_plain_weights(inputs: dict[str, str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main(options(inputs, one, "--strategy", "none")) == 0
     assert train.main(options(inputs, two, "--strategy", "none", "--gamma", "0.1")) == 0
     assert_same_run(one, two)
-
-
-class Interrupted(BaseException):
-    """Stands for a process that ends between two saves."""
 
 
 # Two epochs of 6 micro-batches. With 4 of them to a step (4 + 2 in an epoch) checkpoints after every step lie at the

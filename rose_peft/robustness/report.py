@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
@@ -28,6 +29,8 @@ _NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>[\d.e-]+)/accuracy")
 _FEW = 5
 #: Figures that are fractions and read best as per cent.
 _SHARES = ("accuracy", "accuracy_under_attack", "success_rate", "words_changed", "clean_accuracy")
+# Figures that explain others and have a table of their own.
+_DETAILS = ("/success_rate", "/words_changed", "/queries", "landscape/loss")
 
 
 @dataclass
@@ -78,6 +81,7 @@ def write_report(
     output_dir: str | os.PathLike[str],
     *,
     baseline: str = "plain",
+    order: Sequence[str] = (),
     title: str = "Robustness report",
     as_html: bool = False,
 ) -> Report:
@@ -89,7 +93,8 @@ def write_report(
     Args:
         paths: Result files, and folders to search for them.
         output_dir: Folder for `report.md`, the pictures, and `report.html` if asked for.
-        baseline: Method that the others are compared with, seed by seed.
+        baseline: Method that the others are compared with, seed by seed; it comes first.
+        order: Methods in the order of the tables; others come after them.
         title: Title of the page.
         as_html: Write the page as HTML too.
 
@@ -114,7 +119,7 @@ def write_report(
         raise ResultFileError("; ".join(problems) or "paths: no result files there; pass the JSON files of the kit.")
     results = _merge(runs, problems)
     folder.mkdir(parents=True, exist_ok=True)
-    methods = _methods(results, baseline)
+    methods = _methods(results, baseline, order)
     tasks = list(dict.fromkeys(result.task for result in results))
     lines = [f"# {title}", "", _introduction(results, methods, tasks), ""]
     pictures: list[Path] = []
@@ -122,8 +127,13 @@ def write_report(
         problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
     for task in tasks:
         of_task = [result for result in results if result.task == task]
-        lines += [f"## {task}", "", *_summary_table(of_task, methods), ""]
-        lines += _difference_table(of_task, methods, baseline)
+        names = _names(of_task)
+        main = [name for name in names if not name.endswith(_DETAILS)]
+        details = [name for name in names if name.endswith(_DETAILS)]
+        lines += [f"## {task}", "", *_summary_table(of_task, methods, main), ""]
+        lines += _difference_table(of_task, methods, baseline, main)
+        if details:
+            lines += ["Details:", "", *_summary_table(of_task, methods, details), ""]
         for kind, plot in (("scatter", _plot_scatter), ("noise", _plot_noise)):
             picture = plot(of_task, methods, task)
             if picture is not None:
@@ -167,10 +177,11 @@ def _merge(runs: Sequence[_Run], problems: list[str]) -> list[Result]:
     return list(merged.values())
 
 
-def _methods(results: Sequence[Result], baseline: str) -> list[str]:
-    """Return the methods in order of appearance, the baseline first."""
-    names = list(dict.fromkeys(result.method for result in results))
-    return sorted(names, key=lambda name: (name != baseline, names.index(name)))
+def _methods(results: Sequence[Result], baseline: str, order: Sequence[str] = ()) -> list[str]:
+    """Return the methods that have results: the baseline, those of the order, the others as they appear."""
+    names = {result.method for result in results}
+    wanted = [baseline, *order, *(result.method for result in results)]
+    return [name for name in dict.fromkeys(wanted) if name in names]
 
 
 def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[str]) -> str:
@@ -220,20 +231,17 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _summary_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
-    """One row per figure, one column per method."""
+def _summary_table(results: Sequence[Result], methods: Sequence[str], names: Sequence[str]) -> list[str]:
+    """One row per method, one column per figure."""
     present = [method for method in methods if any(result.method == method for result in results)]
     counts = {method: sum(result.method == method for result in results) for method in present}
-    lines = [
-        _row(["figure", *(f"{method} ({counts[method]} seed{'s' * (counts[method] != 1)})" for method in present)]),
-        _row(["---"] + ["---:"] * len(present)),
-    ]
-    for name in _names(results):
+    lines = [_row(["method", *map(_title, names)]), _row(["---"] + ["---:"] * len(names))]
+    for method in present:
         cells = []
-        for method in present:
+        for name in names:
             values = [_scale(name) * value for value in _values(results, method, name).values()]
             cells.append(_mean_and_spread(values, counts[method], name))
-        lines.append(_row([_title(name), *cells]))
+        lines.append(_row([f"{method} ({counts[method]} seed{'s' * (counts[method] != 1)})", *cells]))
     return lines
 
 
@@ -268,15 +276,15 @@ def paired_differences(
     return interval, len(seeds)
 
 
-def _difference_table(results: Sequence[Result], methods: Sequence[str], baseline: str) -> list[str]:
-    """One row per figure, one column per method but the baseline."""
+def _difference_table(
+    results: Sequence[Result], methods: Sequence[str], baseline: str, names: Sequence[str]
+) -> list[str]:
+    """One row per method but the baseline, one column per figure."""
     others = [method for method in methods if method != baseline and any(r.method == method for r in results)]
-    if not others or not any(result.method == baseline for result in results):
-        return []
     rows = []
-    for name in _names(results):
+    for method in others:
         cells = []
-        for method in others:
+        for name in names:
             found = paired_differences(results, method, baseline, name)
             if found is None:
                 cells.append("-")
@@ -290,15 +298,15 @@ def _difference_table(results: Sequence[Result], methods: Sequence[str], baselin
                 text = f"**{text}**" if (low > 0 or high < 0) and count >= _FEW else text
             cells.append(f"{text} ({count})")
         if any(cell != "-" for cell in cells):
-            rows.append(_row([_title(name).replace("(%)", "(points)"), *cells]))
+            rows.append(_row([method, *cells]))
     if not rows:
         return []
     return [
         f"Difference to {baseline}, paired by seed, with its 95 % bootstrap interval and the number of seeds. Bold "
         f"where the interval excludes zero over at least {_FEW} seeds; over fewer it is too narrow to mean much.",
         "",
-        _row(["figure", *others]),
-        _row(["---"] + ["---:"] * len(others)),
+        _row(["method", *(_title(name).replace("(%)", "(points)") for name in names)]),
+        _row(["---"] + ["---:"] * len(names)),
         *rows,
         "",
     ]
@@ -331,20 +339,21 @@ def _versions(results: Sequence[Result]) -> list[str]:
 
 
 def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: list[str]) -> list[str]:
-    """Copy the pictures that results name (mask heat maps, landscapes) beside the page and show them."""
+    """Show the pictures that results name (mask heat maps, landscapes); those outside the page's folder are copied."""
     lines: list[str] = []
     for number, run in enumerate(runs):
         for title, image in run.result.images.items():
-            source = run.path.parent / image
-            if not source.is_file():
+            target = run.path.parent / image
+            if not target.is_file():
                 problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
                 continue
-            target = folder / f"report_image_{number}_{_slug(title)}{source.suffix}"
-            if source.resolve() != target.resolve():
-                shutil.copyfile(source, target)
+            if not target.resolve().is_relative_to(folder.resolve()):
+                target = folder / f"report_image_{number}_{_slug(title)}{target.suffix}"
+                shutil.copyfile(run.path.parent / image, target)
             pictures.append(target)
             caption = f"{title}: {run.result.method}, {run.result.task}, seed {run.result.seed}"
-            lines += [f"![{caption}]({target.name})", "", caption, ""]
+            link = quote(target.resolve().relative_to(folder.resolve()).as_posix())
+            lines += [f"![{caption}]({link})", "", caption, ""]
     return ["## Pictures", "", *lines] if lines else []
 
 

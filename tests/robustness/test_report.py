@@ -112,14 +112,14 @@ def test_the_page_has_the_right_numbers(tmp_path: Path) -> None:
     assert report.problems == []
     assert len(report.results) == 10
     lines = report.page.read_text().splitlines()
-    rows = {line.split(" | ")[0].strip("| "): [cell.strip(" |") for cell in line.split(" | ")[1:]] for line in lines}
-    assert rows["figure"] == ["rose"]  # of the second table; the first had plain before it
-    assert "| figure | plain (5 seeds) | rose (5 seeds) |" in lines
     mean, spread = 100 * statistics.fmean(PLAIN), 100 * statistics.stdev(PLAIN)
-    assert rows["adv glue accuracy (%)"][0] == f"{mean:.1f} ± {spread:.1f}"
     value, low, high = (100 * part for part in bootstrap_paired_difference(ROSE, PLAIN))
-    assert rows["adv glue accuracy (points)"] == [f"**{value:+.1f} [{low:+.1f}, {high:+.1f}]** (5)"]
-    assert rows["clean accuracy (points)"] == ["**-1.0 [-1.0, -1.0]** (5)"]
+    start = lines.index("| method | clean accuracy (%) | adv glue accuracy (%) |")
+    assert lines[start + 2] == f"| plain (5 seeds) | 90.0 ± 0.0 | {mean:.1f} ± {spread:.1f} |"
+    assert lines[start + 3].startswith("| rose (5 seeds) | 89.0 ± 0.0 |")
+    start = lines.index("| method | clean accuracy (points) | adv glue accuracy (points) |")
+    cells = f"**-1.0 [-1.0, -1.0]** (5) | **{value:+.1f} [{low:+.1f}, {high:+.1f}]** (5)"
+    assert lines[start + 2] == f"| rose | {cells} |"
     interval, count = paired_differences(runs, "rose", "plain", "adv_glue/accuracy")
     assert count == 5 and interval.value == pytest.approx(statistics.fmean(ROSE) - statistics.fmean(PLAIN))
     page = (tmp_path / "out" / "report.html").read_text()
@@ -136,7 +136,22 @@ def test_few_seeds_are_shown_but_never_emphasised(tmp_path: Path) -> None:
         result("rose", seed, adv_glue__accuracy=0.4 + seed / 100).save(tmp_path / f"r{seed}.json")
     result("once", 0, adv_glue__accuracy=0.5).save(tmp_path / "o.json")
     page = write_report([tmp_path], tmp_path / "out").page.read_text()
-    assert "| adv glue accuracy (points) | +20.0 (1) | +11.0 [+10.0, +12.0] (3) |" in page
+    assert "| once | +0.0 (1) | +20.0 (1) |" in page
+    assert "| rose | +0.0 [+0.0, +0.0] (3) | +11.0 [+10.0, +12.0] (3) |" in page
+
+
+def test_methods_come_in_the_order_asked_for_and_details_in_a_table_of_their_own(tmp_path: Path) -> None:
+    for method in ("c", "b", "a", "plain"):
+        result(method, 0, attack__x__queries=7).save(tmp_path / f"{method}.json")
+    lines = write_report([tmp_path], tmp_path / "out", order=["b", "c"]).page.read_text().splitlines()
+    tables = [at for at, line in enumerate(lines) if line.startswith("| method | ")]
+    assert [lines[at] for at in tables[:3]] == [
+        "| method | clean accuracy (%) |",
+        "| method | clean accuracy (points) |",
+        "| method | attack x queries |",
+    ]
+    first = [line.split()[1] for line in lines[tables[0] + 2 : tables[0] + 6]]
+    assert first == ["plain", "b", "c", "a"]
 
 
 def test_pairs_are_formed_by_seed_not_by_order(tmp_path: Path) -> None:
@@ -184,6 +199,10 @@ def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
     assert copied.read_bytes() == b"\x89PNG picture"
     assert f"![Masks: plain, sst2, seed 0]({copied.name})" in report.page.read_text()
     assert any("image 'gone.png' is not there" in line for line in report.problems)
+    # Below the page there is no need for a copy.
+    beside = write_report([tmp_path / "runs"], tmp_path)
+    assert "![Masks: plain, sst2, seed 0](runs/masks.png)" in beside.page.read_text()
+    assert not list(tmp_path.glob("report_image*"))
 
 
 @pytest.mark.parametrize("kind", ["scatter", "noise"])
