@@ -6,6 +6,7 @@ What these found is in results/README.md.
 from __future__ import annotations
 
 import torch
+from row_wise import RowWise
 from torch import Tensor, nn
 
 from rose_peft import get_selector
@@ -52,6 +53,7 @@ VARIANTS: dict[str, type[RoseSelector]] = {
     "random": RandomScores,
     "momentum_change": MomentumChange,
     "size_normalised": SizeNormalised,
+    "row_wise": RowWise,
 }
 
 
