@@ -141,6 +141,9 @@ class TrainArguments:
 
     # Output
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of this run."})
+    keep: str = field(
+        default="best", metadata={"help": "Epoch whose model is kept: best (by clean accuracy) or last."}
+    )
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps besides epochs."})
     resume: bool = field(default=False, metadata={"help": "Continue the run in output_dir from its last checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the run in output_dir and start anew."})
@@ -156,6 +159,8 @@ class TrainArguments:
             raise InputError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         if self.lr_scheduler not in SCHEDULERS:
             raise InputError(f"lr_scheduler={self.lr_scheduler!r} is unknown; choose one of {', '.join(SCHEDULERS)}.")
+        if self.keep not in ("best", "last"):
+            raise InputError(f"keep={self.keep!r} is unknown; choose one of best, last.")
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective={self.objective!r} is unknown; choose one of {', '.join(OBJECTIVES)}.")
         if self.variant is not None and self.strategy not in VARIANT_STRATEGIES.get(self.variant, ()):

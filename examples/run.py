@@ -96,10 +96,9 @@ class Progress:
         for name, value in state.items():
             setattr(self, name, value)
 
-    @property
-    def best(self) -> dict[str, Any]:
-        """The epoch of the highest clean accuracy; the first of equals."""
-        return max(self.history, key=lambda entry: entry["clean"]["accuracy"])
+    def kept(self, keep: str) -> dict[str, Any]:
+        """The epoch whose model is kept: the last, or the first of those with the highest clean accuracy."""
+        return self.history[-1] if keep == "last" else max(self.history, key=lambda entry: entry["clean"]["accuracy"])
 
 
 def tokenize(data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -221,7 +220,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         progress.history.append(figures)
         progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
         # The checkpoint comes last: a run killed before it does this epoch again, and writes the same once more.
-        if progress.best is figures:
+        if progress.kept(args.keep) is figures:
             _save_model(accelerator, model, tokenizer, folder / "model")
         _save(accelerator, checkpoint)
     bar.close()
@@ -233,7 +232,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         "task": args.task or ("demo" if args.is_demo else "files"),
         "seed": args.seed,
         "config": options,
-        "best": progress.best,
+        "best": progress.kept(args.keep),
         "history": progress.history,
         "timing": {"train_seconds": progress.seconds, "seconds_per_step": progress.seconds / progress.step},
         "steps": progress.step,

@@ -97,6 +97,21 @@ def test_every_way_trains_and_leaves_a_model_that_loads(
     assert _accuracy(model, inputs) == best["clean"]["accuracy"]
 
 
+def test_the_last_model_is_kept_where_it_is_asked_for(inputs: dict[str, str], tmp_path: Path) -> None:
+    accuracies = []
+    for keep in ("best", "last"):
+        output = tmp_path / keep
+        more = ("--strategy", "none", "--keep", keep, "--epochs", "4", "--learning_rate", "3e-2")
+        assert train.main(options(inputs, output, *more)) == 0
+        results = json.loads((output / "results.json").read_text())
+        history = [entry["clean"]["accuracy"] for entry in results["history"]]
+        assert results["best"]["epoch"] == (4 if keep == "last" else 1 + history.index(max(history)))
+        model = AutoModelForSequenceClassification.from_pretrained(output / "model").eval()
+        accuracies.append(_accuracy(model, inputs))
+        assert accuracies[-1] == results["best"]["clean"]["accuracy"]
+    assert history[-1] < max(history) and accuracies == [max(history), history[-1]]
+
+
 def _accuracy(model: torch.nn.Module, inputs: dict[str, str]) -> float:
     tokenizer = BertTokenizerFast.from_pretrained(inputs["model"])
     split = demo_data.demo_splits(96, 48)["validation"]
@@ -316,6 +331,10 @@ BAD = [
     (("--mixed_precision", "int3"), "mixed_precision='int3'"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
     (("--lr_scheduler", "wavy"), "lr_scheduler='wavy' is unknown"),
+    (("--keep", "worst"), "keep='worst' is unknown"),
+    (("--objective", "sam"), "objective='sam' is unknown"),
+    (("--variant", "random"), "variant='random' does not go with strategy='ensemble'"),
+    (("--fgm_epsilon", "0"), "fgm_epsilon=0.0 must be above 0"),
     (("--learning_rate", "nan"), "learning_rate=nan must be above 0"),
     (("--adam_beta2", "1"), "adam_beta2=1.0 must be in [0, 1)"),
     (("--warmup_ratio", "10"), "warmup_ratio=10.0 must be in [0, 1]"),
