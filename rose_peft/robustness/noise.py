@@ -21,7 +21,7 @@ from torch import nn
 from .data import Examples
 from .errors import MissingResourceError, RobustnessError
 from .homoglyphs import HOMOGLYPHS
-from .plotting import legend_below
+from .plotting import legend_below, style_of
 from .predict import Predictor
 from .results import Figure, share_figure
 
@@ -331,11 +331,11 @@ def plot_curves(
             if not points:
                 continue
             rates = [rate for rate, _ in points]
-            color = f"C{number % 10}"
-            axes.plot(rates, [f.value for _, f in points], marker="o", markersize=3, color=color, label=name)
+            style = style_of(number)
+            axes.plot(rates, [f.value for _, f in points], markersize=3, label=name, **style)
             low = [f.value if f.low is None else f.low for _, f in points]
             high = [f.value if f.high is None else f.high for _, f in points]
-            axes.fill_between(rates, low, high, color=color, alpha=0.12, linewidth=0)
+            axes.fill_between(rates, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes.set_title(kind, fontsize=10)
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -1,4 +1,4 @@
-"""What all plots share: legends that fit below their panels."""
+"""What all plots share: how methods look, and legends that fit below their panels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+_MARKERS = "osD^vP*X<>"
+_LINES = ("-", "--", ":", "-.")
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """Color, marker and line style of the method with this number; no two of the first forty look the same."""
+    again = number // 10
+    return {
+        "color": f"C{number % 10}",
+        "marker": _MARKERS[(number + again) % len(_MARKERS)],
+        "linestyle": _LINES[again % len(_LINES)],
+    }
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
 from .noise import plot_curves
-from .plotting import legend_below
+from .plotting import legend_below, style_of
 from .results import Figure, Result, load_result
 
 if TYPE_CHECKING:
@@ -394,14 +394,13 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
             seeds = sorted(set(clean) & set(robust))
             if not seeds:
                 continue
-            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^vP*X<>"[number % 10]}
+            style = {**style_of(number), "linestyle": ""}
             across = [100 * clean[seed] for seed in seeds]
             along = [100 * robust[seed] for seed in seeds]
-            axes.scatter(across, along, s=14, alpha=0.45, **style)
-            axes.scatter(
-                [statistics.fmean(across)], [statistics.fmean(along)], s=90, edgecolor="black", zorder=3, **style
-            )
-            shown[method] = Line2D([], [], linestyle="", markeredgecolor="black", markersize=8, **style)
+            axes.plot(across, along, markersize=4, alpha=0.45, **style)
+            large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "black", **style}
+            axes.plot([statistics.fmean(across)], [statistics.fmean(along)], zorder=3, **large)
+            shown[method] = Line2D([], [], **large)
         axes.set_title(_panel_title(name), fontsize=10)
         axes.set_xlabel("clean accuracy (%)", fontsize=9)
         axes.set_ylabel("robust accuracy (%)", fontsize=9)

@@ -252,3 +252,11 @@ def test_a_report_beside_its_sources_does_not_read_itself(tmp_path: Path) -> Non
     first = write_report([tmp_path], tmp_path).page.read_text()
     assert write_report([tmp_path], tmp_path).page.read_text() == first
     assert find_results([tmp_path, tmp_path / "rose-0.json"]) == sorted(tmp_path.glob("*.json"))
+
+
+def test_methods_look_different() -> None:
+    from rose_peft.robustness.plotting import style_of
+
+    looks = [style_of(number) for number in range(40)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 40
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == 40
