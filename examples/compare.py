@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import InputError, reason
-from checkpoint import NOTE, write_json
+from checkpoint import write_json
 from cost import ratios, time_in_turn
 from data import load_text
 from datasets import disable_progress_bars
@@ -30,7 +30,7 @@ from grid import Candidate, Grid, read_grid
 from measure import measure
 from model import build_model
 from objectives import make_objective
-from run import make_optimizer, tokenize, train
+from run import make_optimizer, tokenize, train_once
 from transformers import DataCollatorWithPadding, HfArgumentParser
 from transformers.utils import logging
 
@@ -151,18 +151,7 @@ class Comparison:
         return max((e for e in tried if e["searched"] in settings), key=lambda entry: entry["clean"])["searched"]
 
     def _trained(self, candidate: Candidate) -> dict[str, Any]:
-        """Results of a training run: read if it is done, continued if it was begun, else made."""
-        folder = self._folder(candidate)
-        args = candidate.arguments(folder, self.args.data_dir)
-        done = folder / "results.json"
-        if not (done.exists() and (folder / "model").is_dir()):
-            train(dataclasses.replace(args, resume=(folder / NOTE).exists()), load_text(args))
-        found = json.loads(done.read_text(encoding="utf-8"))
-        # A run that is done needs no checkpoint, which is three times as large as its model.
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        made_with = {name: found["config"].get(name) for name in candidate.options}
-        _same(done, {"options": made_with}, {"options": candidate.options})
-        return found
+        return train_once(candidate.arguments(self._folder(candidate), self.args.data_dir))
 
     def _cost(self, task: str) -> None:
         """Time steps of all methods in turn on the same batches, where a method's figure is missing."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,8 +17,8 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import InputError, TrainArguments, reason
-from checkpoint import open_run, whole_file, whole_folder, write_json
-from data import TextData
+from checkpoint import NOTE, open_run, whole_file, whole_folder, write_json
+from data import TextData, load_text
 from datasets import Dataset
 from evaluation import accuracy
 from model import build_model
@@ -247,6 +249,33 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
                 plot_masks(selector).savefig(aside, format="png", dpi=150)
         write_json(folder / "results.json", results)
     accelerator.free_memory()
+    return results
+
+
+def train_once(args: TrainArguments) -> dict[str, Any]:
+    """Results of a run: read if it is done, continued if it was begun, else made; its checkpoint is deleted.
+
+    Args:
+        args: Checked options.
+
+    Raises:
+        InputError: If the run in `output_dir` has other options, or one cannot work.
+        RoseError: If ROSE cannot act.
+    """
+    folder = Path(args.output_dir)
+    done = folder / "results.json"
+    if not (done.exists() and (folder / "model").is_dir()):
+        train(dataclasses.replace(args, resume=(folder / NOTE).exists()), load_text(args))
+    results = json.loads(done.read_text(encoding="utf-8"))
+    for name, made_with in results["config"].items():
+        wanted = getattr(args, name, made_with)
+        # Without an option of its own the precision is what accelerate was told, which is known to a run only.
+        if wanted != made_with and not (name == "mixed_precision" and wanted is None):
+            raise InputError(
+                f"{name}={wanted!r}, but the run in {str(folder)!r} was made with {made_with!r}; delete that folder "
+                "or pass another."
+            )
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # three times as large as the model
     return results
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(ROOT / "examples"))
 
 import compare  # noqa: E402
+import run  # noqa: E402
 from arguments import InputError  # noqa: E402
 from grid import read_grid  # noqa: E402
 
@@ -114,7 +115,7 @@ def test_what_is_done_is_not_done_again(
     grid = content(inputs, seeds=[0], search={}, cost_rounds=0)
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
     assert not list((tmp_path / "g" / "runs").rglob("checkpoint"))
-    monkeypatch.setattr(compare, "train", None)
+    monkeypatch.setattr(run, "train", None)
     monkeypatch.setattr(compare, "measure", None)
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
 
@@ -125,9 +126,9 @@ class Fake:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, clean: dict[float, float]) -> None:
         self.clean = clean
         self.trained: list[tuple[str, int, float]] = []
-        monkeypatch.setattr(compare, "train", self.train)
+        monkeypatch.setattr(run, "train", self.train)
+        monkeypatch.setattr(run, "load_text", lambda args: None)
         monkeypatch.setattr(compare, "measure", self.measure)
-        monkeypatch.setattr(compare, "load_text", lambda args: None)
 
     def train(self, args: Any, text: None) -> None:
         self.trained.append((args.strategy, args.seed, args.learning_rate))

@@ -1,0 +1,50 @@
+"""examples/figure1.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.task import tiny_task
+
+pytest.importorskip("datasets")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import figure1
+import run
+
+
+def test_four_panels_in_one_command_and_again_without_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = tiny_task(tmp_path)
+    line = ["--task", "sst2", "--data_dir", inputs["data"], "--model_name_or_path", inputs["model"]]
+    line += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--epochs",
+        "1",
+        "--overfit_samples",
+        "16",
+        "--overfit_epochs",
+        "40",
+    ]
+    line += ["--points", "3", "--num_examples", "8", "--probes", "1", "--learning_rate", "5e-3", "--max_length", "32"]
+    assert figure1.main(line) == 0
+    surfaces = json.loads((tmp_path / "out" / "landscape" / "surfaces.json").read_text())
+    assert list(surfaces) == ["before fine-tuning", "overfitted", "plain", "ROSE (ensemble)"]
+    picture = tmp_path / "out" / "landscape" / "landscape.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    # The overfitted model is the last of its run, and knows its few examples by heart.
+    overfitted = json.loads((tmp_path / "out" / "overfitted" / "results.json").read_text())
+    assert overfitted["best"]["epoch"] == 40 and overfitted["best"]["loss"] < 0.4
+    assert json.loads((tmp_path / "out" / "plain" / "results.json").read_text())["best"]["loss"] > 0.5
+    monkeypatch.setattr(run, "train", None)
+    picture.unlink()
+    assert figure1.main(line) == 0 and picture.exists()
+    assert figure1.main([*line, "--learning_rate", "2e-3"]) == 2
+    assert "learning_rate=0.002, but the run in" in capsys.readouterr().err
+    assert figure1.main([*line, "--strategy", "none"]) == 2
