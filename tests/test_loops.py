@@ -226,6 +226,51 @@ def test_without_rose_a_loop_is_plain_fine_tuning(loop: str, tmp_path: Path) -> 
     assert not [name for name in plain if not torch.equal(copies[name], plain[name])]
 
 
+class Pattern(nn.Module):
+    """Dropout with a fixed pattern per pass, the same in every row: what is left of it does not depend on batches."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (torch.arange(x.shape[-1]) % 5 != self.calls % 2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulation_over_4_is_one_batch_of_four_times_the_size(strategy: str) -> None:
+    """Norms of unequal parts do not add up to that of the whole: only in second order may the parts differ."""
+    distinct = 16 if strategy == "second_order" else 4
+    batches = [
+        {key: value.repeat(16 // distinct, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+        for batch in list(DataLoader(InOrder(), batch_size=distinct))[:3]
+    ]
+
+    def run(parts: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+        model = tiny_bert(num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model.dropout = pattern = Pattern()
+        selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.6))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        masks = []
+        for batch in batches:
+            for part in range(parts):
+                pattern.calls = 0
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**{key: value.chunk(parts)[part] for key, value in batch.items()}).loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            masks.append(selector.state.last_mask.clone())
+        return masks, {name: param.detach() for name, param in model.named_parameters()}
+
+    (whole_masks, whole), (part_masks, parts) = run(1), run(4)
+    assert all(torch.equal(one, two) for one, two in zip(whole_masks, part_masks, strict=True))
+    assert all(0 < mask.mean() < 1 for mask in whole_masks[1:])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_lightning_steps_with_a_closure_are_refused(tmp_path: Path) -> None:
     """Automatic optimization makes the gradients inside the step: that must not pass in silence."""
     with pytest.raises(UnsupportedOptimizerError, match="closure"):
