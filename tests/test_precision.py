@@ -126,8 +126,11 @@ def test_bf16_of_accelerate_is_autocast(strategy: str) -> None:
 # Steps that overflow -----------------------------------------------------------------------------------------------
 
 
-def overflowing_run(strategy: str, accelerate: bool, scales: list[float]) -> tuple[Any, list[float], int]:
-    """One step per loss scale in fp16 autocast, each repeated with its data and draws until nothing overflows."""
+Try = tuple[float, int]
+
+
+def overflowing_run(strategy: str, accelerate: bool, tries: list[Try]) -> tuple[Any, list[Try], int]:
+    """One step per loss scale and seed in fp16 autocast, tried again with the next seed where it overflows."""
     model = base()
     selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.6))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -138,13 +141,13 @@ def overflowing_run(strategy: str, accelerate: bool, scales: list[float]) -> tup
         accelerator.scaler = scaler  # Accelerate itself makes one on a GPU only
         network, stepper = accelerator.prepare(model, optimizer)
     taken, overflows = [], 0
-    for step, scale in enumerate(scales):
+    for step, (scale, seed) in enumerate(tries):
         scaler.scale(torch.zeros(()))  # has the scaler set itself up
         scaler.update(scale)
         while len(taken) == step:
-            torch.manual_seed(step)
+            torch.manual_seed(seed)
             with torch.autocast("cpu", dtype=torch.float16):
-                loss = network(**batch(model, seed=step)).loss
+                loss = network(**batch(model, seed=seed)).loss
             before, tried = copy.deepcopy(everything(model, selector, optimizer)), scaler.get_scale()
             if accelerate:
                 accelerator.backward(loss)
@@ -154,21 +157,21 @@ def overflowing_run(strategy: str, accelerate: bool, scales: list[float]) -> tup
                 scaler.step(optimizer)
                 scaler.update()
             if scaler.get_scale() < tried:
-                overflows += 1
+                overflows, seed = overflows + 1, seed + 1
                 assert_same(everything(model, selector, optimizer), before)
             else:
-                taken.append(tried)
+                taken.append((tried, seed))
             stepper.zero_grad()
-    assert selector.statistics().steps == len(scales)
+    assert selector.statistics().steps == len(tries)
     return everything(model, selector, optimizer), taken, overflows
 
 
 @pytest.mark.parametrize("accelerate", [False, True], ids=["loop", "accelerate"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_that_overflows_in_fp16_leaves_no_trace(strategy: str, accelerate: bool) -> None:
-    far_too_large = 2.0**22
-    result, taken, overflows = overflowing_run(strategy, accelerate, [far_too_large, 2.0**8, far_too_large, 2.0**8])
-    assert overflows >= 2 and taken[0] < far_too_large and taken[2] < far_too_large
+    tries = [(2.0**20, 0), (2.0**8, 100), (2.0**20, 200), (2.0**8, 300)]
+    result, taken, overflows = overflowing_run(strategy, accelerate, tries)
+    assert overflows >= 2 and taken[0][0] < 2.0**20 and taken[2][0] < 2.0**20
     undisturbed, _, none = overflowing_run(strategy, accelerate, taken)
     assert none == 0
     assert_same(result, undisturbed)
