@@ -610,6 +610,33 @@ def test_a_dropped_model_is_freed():
     assert watch() is None
 
 
+@pytest.mark.parametrize("strategy", ["first_order", "second_order"])
+def test_units_frozen_by_the_user_take_no_part_until_they_are_thawed(strategy):
+    """As in gradual unfreezing: the others are ranked as if these were not there."""
+    model = DropoutBlocks(depth=6)
+    optimizer = adamw(model, lr=0.01, weight_decay=0.5)
+    selector = attach_rose(model, config(strategy))
+    torch.manual_seed(0)
+
+    def step() -> list[bool]:
+        before = [layer.linear.weight.detach().clone() for layer in model.layers]
+        model(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return [not torch.equal(x.linear.weight, old) for x, old in zip(model.layers, before, strict=True)]
+
+    step()  # gives the optimizer its momenta
+    model.layers[:2].requires_grad_(False)
+    moved = step()
+    scores = selector.state.first_scores if strategy == "first_order" else selector.state.second_scores
+    kept = [mask > 0 for mask in reference.band(scores[2:].tolist(), 0.0, 0.5)[0]]
+    assert moved == [False, False, *kept] and any(kept) and not all(kept)
+    model.layers[:2].requires_grad_(True)
+    moved = step()
+    kept = [mask > 0 for mask in reference.band(scores.tolist(), 0.0, 0.5)[0]]
+    assert moved == kept
+
+
 def held_now(model: nn.Module) -> tuple[int, int, int, tuple[int, ...]]:
     """Tensors and their bytes, blocks of memory that Python has allocated, and hooks."""
     hooks = len(model._forward_hooks), len(model._forward_pre_hooks), *count_global_hooks()[:2]
