@@ -258,11 +258,16 @@ class RoseSelector:
                 "shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
             )
         self._forget_discarded_window(parameters)
+        # TRL's trainers ask for log-probabilities and no logits, so the first pass says nothing: two more do.
+        fused = bool(kwargs.get("fused_lm_head"))
+        if fused:
+            kwargs = {**kwargs, "fused_lm_head": False}
         with self._risk_pass():
+            first = module.forward(*args, **kwargs) if fused else output
             second = module.forward(*args, **kwargs)
         config = getattr(self.model, "config", None)
         value, equal = output_divergence(
-            output, second, kwargs, getattr(config, "problem_type", None), self._is_causal()
+            first, second, kwargs, getattr(config, "problem_type", None), self._is_causal()
         )
         if not value.requires_grad:
             raise UnsupportedModelError(

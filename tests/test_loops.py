@@ -1,0 +1,383 @@
+"""The same model and data through every kind of training loop: each does to the last bit what the plain loop does.
+
+Code of the loops is what their users write; only the order of the data and the draws of dropout are fixed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    get_linear_schedule_with_warmup,
+)
+
+from rose_peft import RoseCallback, ROSEConfig, UnsupportedOptimizerError, attach_rose, detach_rose
+from rose_peft.selector import find_selector
+from tests.tiny import SIZES, tiny_bert
+
+STRATEGIES = ("first_order", "second_order", "ensemble")
+STEPS, ACCUMULATION, SIZE = 5, 2, 4
+RATE, DECAY, CLIP = 1e-2, 0.1, 1.0
+Loop = Callable[[nn.Module, Path], None]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate remembers the precision of the first Accelerator in a process."""
+    AcceleratorState._reset_state(True)
+
+
+class InOrder(IterableDataset):
+    """Loops may shuffle a list; a stream comes as it is."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(STEPS * ACCUMULATION * SIZE):
+            ids = torch.randint(3, SIZES["vocab_size"], (8,), generator=generator)
+            yield {"input_ids": ids, "labels": (ids[0] > ids[1]).long()}
+
+
+def loader() -> DataLoader:
+    return DataLoader(InOrder(), batch_size=SIZE)
+
+
+def optimizer_of(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW in the two parameter groups that the Trainer makes, and its schedule."""
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    exempt = {name for name in trained if "bias" in name or "norm" in name.lower()}
+    groups = [
+        {"params": [param for name, param in trained.items() if name not in exempt], "weight_decay": DECAY},
+        {"params": [param for name, param in trained.items() if name in exempt], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE)
+    return optimizer, get_linear_schedule_with_warmup(optimizer, 0, STEPS)
+
+
+def classifier(strategy: str | None = "ensemble", lora: bool = False) -> nn.Module:
+    """A tiny PEFT model; without a strategy ROSE is taken off again."""
+    inner = LoraConfig(r=4, target_modules=["query", "value", "dense"]) if lora else None
+    base = tiny_bert(num_labels=2)
+    # BERT takes keywords for its loss and ignores them: the Trainer of transformers 5 leaves the division to it.
+    base.accepts_loss_kwargs = False
+    config = ROSEConfig(task_type="SEQ_CLS", base_config=inner, strategy=strategy or "ensemble", upper_quantile=0.6)
+    model = get_peft_model(base, config)
+    if strategy is None:
+        detach_rose(model)
+    return model
+
+
+def train(loop: Loop, model: nn.Module, folder: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Train, check that masks do what they say at each step, and return them with the weights at the end."""
+    selector = find_selector(model)
+    masks: list[Tensor] = []
+    before: list[list[Tensor]] = []
+    passes = iter(range(10**6))
+
+    def fix_draws(module: nn.Module, args: Any) -> None:
+        # Loops draw from the global generator between the passes, each in its own way.
+        if module.training and torch.is_grad_enabled():
+            torch.manual_seed(next(passes))
+
+    def remember(*_: Any) -> None:
+        before[:] = [[param.detach().clone() for param in unit.parameters()] for unit in selector.units]
+
+    def compare(*_: Any) -> None:
+        masks.append(selector.state.last_mask.clone())
+        for unit, share, old in zip(selector.units, masks[-1].tolist(), before, strict=True):
+            same = [torch.equal(param, was) for param, was in zip(unit.parameters(), old, strict=True)]
+            assert same and all(same) == (share == 0), f"{unit.name}: mask {share}, unmoved tensors {same}"
+
+    handles = [model.register_forward_pre_hook(fix_draws)]
+    if selector is not None:
+        handles += [register_optimizer_step_pre_hook(remember), register_optimizer_step_post_hook(compare)]
+    try:
+        loop(model, folder)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if selector is not None:
+        assert len(masks) == STEPS == selector.statistics().steps
+        assert all(((mask >= 0) & (mask <= 1)).all() for mask in masks)
+        assert any((mask == 0).any() for mask in masks) and any((mask == 1).any() for mask in masks)
+    return masks, {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def assert_same_training(one: tuple[list[Tensor], dict[str, Tensor]], two: tuple[list[Tensor], dict[str, Tensor]]):
+    assert len(one[0]) == len(two[0]) and all(torch.equal(a, b) for a, b in zip(one[0], two[0], strict=True))
+    assert one[1].keys() == two[1].keys()
+    assert not [name for name in one[1] if not torch.equal(one[1][name], two[1][name])]
+
+
+def plain_loop(model: nn.Module, folder: Path) -> None:
+    model.train()
+    optimizer, scheduler = optimizer_of(model)
+    for number, batch in enumerate(loader(), start=1):
+        (model(**batch).loss / ACCUMULATION).backward()
+        if number % ACCUMULATION == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def accelerate_loop(model: nn.Module, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION)
+    model.train()
+    model, data, optimizer, scheduler = accelerator.prepare(model, loader(), *optimizer_of(model))
+    for batch in data:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def trainer_loop(model: nn.Module, folder: Path) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=SIZE,
+        gradient_accumulation_steps=ACCUMULATION,
+        optim="adamw_torch",
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        max_grad_norm=CLIP,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=InOrder()).train()
+
+
+def lightning_loop(model: nn.Module, folder: Path, manual: bool = True) -> None:
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.automatic_optimization = not manual
+
+        def configure_optimizers(self) -> Any:
+            optimizer, self.scheduler = optimizer_of(self.model)
+            return optimizer
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor | None:
+            loss = self.model(**batch).loss
+            if not manual:
+                return loss
+            # Lightning's own optimizer passes a closure to every step, even where the user passes none.
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.manual_backward(loss / ACCUMULATION)
+            if (index + 1) % ACCUMULATION == 0:
+                nn.utils.clip_grad_norm_(self.parameters(), CLIP)
+                optimizer.step()
+                self.scheduler.step()
+                optimizer.zero_grad()
+            return None
+
+    model.train()
+    trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, barebones=True)
+    trainer.fit(Module(), loader())
+
+
+LOOPS = {"accelerate": accelerate_loop, "trainer": trainer_loop, "lightning": lightning_loop}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_is_the_plain_loop(loop: str, strategy: str, lora: bool, tmp_path: Path) -> None:
+    wanted = train(plain_loop, classifier(strategy, lora), tmp_path)
+    assert_same_training(train(LOOPS[loop], classifier(strategy, lora), tmp_path), wanted)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_without_rose_a_loop_is_plain_fine_tuning(loop: str, tmp_path: Path) -> None:
+    """ROSE was taken off a wrapped model: one pass, no mask, and the weights of a model that never had it."""
+    _, detached = train(LOOPS[loop], classifier(None), tmp_path)
+    _, plain = train(plain_loop, tiny_bert(num_labels=2), tmp_path)
+    wrappers = re.compile(r"^base_model\.model\.|\.(rose_copy|modules_to_save)\.default")
+    copies = {wrappers.sub("", name): weight for name, weight in detached.items() if ".default." in name}
+    assert copies.keys() == plain.keys()
+    assert not [name for name in plain if not torch.equal(copies[name], plain[name])]
+
+
+class Pattern(nn.Module):
+    """Dropout with a fixed pattern per pass, the same in every row: what is left of it does not depend on batches."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (torch.arange(x.shape[-1]) % 5 != self.calls % 2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_accumulation_over_4_is_one_batch_of_four_times_the_size(strategy: str) -> None:
+    """Norms of unequal parts do not add up to that of the whole: only in second order may the parts differ."""
+    distinct = 16 if strategy == "second_order" else 4
+    batches = [
+        {key: value.repeat(16 // distinct, *[1] * (value.dim() - 1)) for key, value in batch.items()}
+        for batch in list(DataLoader(InOrder(), batch_size=distinct))[:3]
+    ]
+
+    def run(parts: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+        model = tiny_bert(num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model.dropout = pattern = Pattern()
+        selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.6))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        masks = []
+        for batch in batches:
+            for part in range(parts):
+                pattern.calls = 0
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(**{key: value.chunk(parts)[part] for key, value in batch.items()}).loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            masks.append(selector.state.last_mask.clone())
+        return masks, {name: param.detach() for name, param in model.named_parameters()}
+
+    (whole_masks, whole), (part_masks, parts) = run(1), run(4)
+    assert all(torch.equal(one, two) for one, two in zip(whole_masks, part_masks, strict=True))
+    assert all(0 < mask.mean() < 1 for mask in whole_masks[1:])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_lightning_steps_with_a_closure_are_refused(tmp_path: Path) -> None:
+    """Automatic optimization makes the gradients inside the step: that must not pass in silence."""
+    with pytest.raises(UnsupportedOptimizerError, match="closure"):
+        lightning_loop(classifier(), tmp_path, manual=False)
+
+
+# TRL's SFTTrainer --------------------------------------------------------------------------------------------------
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, pad_token_id=0, eos_token_id=1)).train()
+
+
+def next_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens as labels, but for the first, which nothing predicts: Trainers do not agree on counting it."""
+    labels = batch["input_ids"].clone()
+    labels[..., 0] = -100
+    return {"input_ids": batch["input_ids"], "labels": labels}
+
+
+def causal(strategy: str = "ensemble", lora: bool = True) -> nn.Module:
+    """Over LoRA, or a plain model trained in place: TRL refuses tuner layers on the language model head."""
+    inner = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
+    config = ROSEConfig(task_type="CAUSAL_LM", base_config=inner, strategy=strategy, upper_quantile=0.6, dropout=0.1)
+    model = tiny_llama()
+    if lora:
+        return get_peft_model(model, config)
+    attach_rose(model, config)
+    return model
+
+
+def sft_trainer(model: nn.Module, folder: Path, peft_config: Any = None, **options: Any) -> Any:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    words = {str(index): index for index in range(SIZES["vocab_size"])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")), pad_token="0", eos_token="1"
+    )
+    arguments = trl.SFTConfig(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=SIZE,
+        gradient_accumulation_steps=ACCUMULATION,
+        optim="adamw_torch",
+        learning_rate=RATE,
+        weight_decay=DECAY,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    data = Dataset.from_list([{key: row[key].tolist() for key in row} for row in map(next_tokens, InOrder())])
+    return trl.SFTTrainer(model, arguments, None, data.to_iterable_dataset(), None, tokenizer, peft_config=peft_config)
+
+
+PLAIN_SFT = {"bf16": False, "gradient_checkpointing": False}
+
+
+def sft_loop(model: nn.Module, folder: Path) -> None:
+    sft_trainer(model, folder, **PLAIN_SFT).train()
+
+
+def plain_sft_loop(model: nn.Module, folder: Path) -> None:
+    sft_trainer(model, folder, **PLAIN_SFT)  # gives the model the head that computes log-probabilities without logits
+    optimizer, scheduler = optimizer_of(model)
+    for number, batch in enumerate(loader(), start=1):
+        batch = next_tokens(batch)
+        output = model(**batch, attention_mask=torch.ones_like(batch["labels"]), fused_lm_head=True)
+        (-output.log_probs.sum() / (ACCUMULATION * (batch["labels"] != -100).sum())).backward()
+        if number % ACCUMULATION == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sft_is_the_plain_loop(strategy: str, lora: bool, tmp_path: Path) -> None:
+    wanted = train(plain_sft_loop, causal(strategy, lora), tmp_path)
+    assert_same_training(train(sft_loop, causal(strategy, lora), tmp_path), wanted)
+
+
+def test_sft_as_it_comes(tmp_path: Path) -> None:
+    """TRL makes the adapter itself, with its defaults: bf16 and gradient checkpointing."""
+    config = ROSEConfig(dropout=0.1, upper_quantile=0.4, base_config=LoraConfig(r=4, task_type="CAUSAL_LM"))
+    trainer = sft_trainer(tiny_llama(), tmp_path, config)
+    trainer.add_callback(RoseCallback())
+    train(lambda model, folder: trainer.train(), trainer.model, tmp_path)
+
+
+def test_a_pass_without_logits_is_ranked_by_two_more(tmp_path: Path) -> None:
+    """As if its draws had been made before: the scores are those of the next two passes, which have logits."""
+
+    def scores(fused: bool) -> Tensor:
+        model = causal("first_order")
+        sft_trainer(model, tmp_path)
+        batch = next_tokens(next(iter(loader())))
+        torch.manual_seed(0)
+        if fused:
+            (-model(**batch, fused_lm_head=True).log_probs.sum()).backward()
+        else:
+            with torch.no_grad():
+                model(**batch)
+            model(**batch).loss.backward()
+        torch.optim.AdamW(model.parameters()).step()
+        return find_selector(model).state.first_scores
+
+    assert torch.equal(scores(fused=True), scores(fused=False)) and scores(fused=True).isfinite().all()
