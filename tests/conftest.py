@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hypothesis import settings
 
 # The same examples on every run: a failure must not depend on luck. HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -17,6 +18,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Sums of several threads are not the same to the last bit on every run.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """Undo what precision leaves behind: Accelerate remembers its first, a Trainer writes it to the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
 
 _FIGURES = pytest.StashKey[list[str]]()
 

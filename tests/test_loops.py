@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -35,16 +34,11 @@ from rose_peft import RoseCallback, ROSEConfig, UnsupportedOptimizerError, attac
 from rose_peft.selector import find_selector
 from tests.tiny import SIZES, tiny_bert
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")
 STEPS, ACCUMULATION, SIZE = 5, 2, 4
 RATE, DECAY, CLIP = 1e-2, 0.1, 1.0
 Loop = Callable[[nn.Module, Path], None]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Accelerate remembers the precision of the first Accelerator in a process."""
-    AcceleratorState._reset_state(True)
 
 
 class InOrder(IterableDataset):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from tests.test_update import assert_same, everything
 from tests.tiny import batch, tiny_bert
 from tests.training import train_watched
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")
 
 
@@ -89,12 +89,6 @@ def test_masks_act_in_every_precision(name: str, strategy: str, lora: bool) -> N
 
 
 # Through Accelerate ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> None:
-    """Accelerate remembers the precision of the first Accelerator in a process."""
-    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
