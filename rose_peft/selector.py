@@ -235,7 +235,8 @@ class RoseSelector:
         if not module.training:
             return
         if not self._engine_checked or getattr(module, "_is_replica", False):
-            distributed.check_engine(module, [param for _, param in self._parameters()])
+            self._parameters()  # finds the units anew where adapters have changed
+            distributed.check_engine(module, [tensor for unit in self.units for tensor in unit.tensors()])
             self._engine_checked = True
         # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
         # pass would leave its gradient nothing to reach.

@@ -57,8 +57,7 @@ def _refused() -> list[Cell]:
             Cell("ddp", "reentrant", "float32", strategy, reentrant),
             Cell("data_parallel", "plain", "float32", strategy, "one process per GPU"),
             Cell("fsdp1", "plain", "float32", strategy, "Use FSDP2"),
-            # Accelerate starts FSDP1 with a device index, which a CPU has not.
-            Cell("fsdp1", "accelerate", "float32", strategy, obstacle="Inconsistent compute device"),
+            Cell("fsdp1", "accelerate", "float32", strategy, "Use FSDP2"),
             Cell("deepspeed", "accelerate", "float32", strategy, "Use DDP or FSDP2"),
         ]
     return cells
