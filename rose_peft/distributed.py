@@ -95,8 +95,8 @@ def check_engine(module: nn.Module, parameters: Sequence[Tensor]) -> None:
             "DeepSpeed steps flat copies of the parameters inside its own engine, so masks cannot act. Use DDP or "
             "FSDP2 through Accelerate (accelerate_configs/multi_gpu_ddp.yaml, multi_gpu_fsdp2.yaml)."
         )
-    # FSDP1 around the whole puts views of its flat parameter into the modules, where FSDP2 puts parameters; around blocks
-    # inside, which are shards until their turn comes, it can be seen itself.
+    # FSDP1 around the whole puts views of its flat parameter into the modules, where FSDP2 puts parameters; around
+    # blocks inside, which are shards until their turn comes, it can be seen itself.
     whole = all(isinstance(param, nn.Parameter) for param in parameters)
     wrapped = getattr(module, "_is_fsdp_managed_module", False) and not whole
     if wrapped or any(isinstance(inner, FullyShardedDataParallel) for inner in module.modules()):

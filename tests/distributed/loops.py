@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import nn
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from tests.distributed.as_gpus import pretend
 from tests.distributed.cells import Cell
 from tests.distributed.worker import RANK, WORLD, micro_batch
 
@@ -107,17 +108,11 @@ def plain_loop(model: nn.Module, cell: Cell) -> None:
 
 @contextmanager
 def accelerate_state(engine: str, mixed_precision: str) -> Iterator[None]:
-    """Start Accelerate anew, as `accelerate launch` does in a process of its own.
-
-    It shards over GPUs only. Told that the processes have some, it does the same on CPUs.
-    """
-    environment, backend = {"ACCELERATE_USE_CPU": "true"}, PartialState._prepare_backend
-    if engine in ("fsdp1", "fsdp2"):
+    """Start Accelerate anew, as `accelerate launch` does in a process of its own."""
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    sharded = engine in ("fsdp1", "fsdp2")
+    if sharded:
         environment = {**SHARDED, "FSDP_VERSION": engine[-1], "ACCELERATE_TORCH_DEVICE": "cpu"}
-
-        def backend(*args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
-            return "gloo", DistributedType.MULTI_GPU
-
     environment["ACCELERATE_MIXED_PRECISION"] = mixed_precision
 
     def reset() -> None:
@@ -125,7 +120,7 @@ def accelerate_state(engine: str, mixed_precision: str) -> Iterator[None]:
         GradientState._reset_state()
 
     reset()
-    with mock.patch.dict(os.environ, environment), mock.patch.object(PartialState, "_prepare_backend", backend):
+    with mock.patch.dict(os.environ, environment), pretend() if sharded else nullcontext():
         try:
             yield
         finally:
