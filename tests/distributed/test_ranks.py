@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
@@ -96,6 +99,31 @@ def test_a_nan_loss_on_one_rank_keeps_ranks_together_and_frozen_units_whole(tmp_
     assert torch.equal(one["masks"][5], torch.zeros_like(one["masks"][5]))
     units = [name for name in one["weights"] if ".encoder.layer." in name and name.endswith("weight")]
     assert units and all(torch.isfinite(one["weights"][name]).all() for name in units)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_empty_batch_on_one_rank(strategy: str, tmp_path: Path) -> None:
+    (expected,) = results(1, "none", strategy, tmp_path / "one", "--empty_last")
+    for rank in results(2, "ddp", strategy, tmp_path / "two", "--empty_last"):
+        assert torch.equal(rank["masks"], expected["masks"])
+        assert 0 < rank["masks"].mean() < 1
+        assert worst(rank["weights"], expected["weights"]) < 1e-4  # NaN is not
+
+
+@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_lost_rank_ends_the_others_with_an_error(engine: str, loss: signal.Signals, tmp_path: Path) -> None:
+    """Killed, its connections break; hung, the process group's timeout does it."""
+    command = [str(Path(__file__).with_name("worker.py")), engine, "ensemble", str(tmp_path / "out")]
+    ranks = processes.start(2, [*command, "--steps", "1000000", "--timeout", "10"], tmp_path / "log")
+    try:
+        processes.until(lambda: all((tmp_path / f"out.{rank}.began").exists() for rank in (0, 1)), ranks)
+        ranks[1].send_signal(loss)
+        (code,) = processes.wait(ranks[:1], 40)  # the timeout, and the end of a process on a busy machine
+    finally:
+        processes.kill(ranks)
+    assert code not in (0, None)
+    assert "Error" in (tmp_path / "log.0").read_text()
 
 
 def test_the_rank_check_names_the_first_unit_that_differs(tmp_path: Path) -> None:

@@ -61,10 +61,12 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=2)
     parser.add_argument("--nan_at", type=int, default=-1, help="step at which the last micro-batch has a NaN loss")
     parser.add_argument("--small_last", action="store_true", help="the last micro-batch of each step has one example")
+    parser.add_argument("--empty_last", action="store_true", help="the last micro-batch of each step has none")
+    parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
     if WORLD > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     model = build(args.strategy)
     selector = get_selector(model)
     network = wrap(model, args.engine)
@@ -75,11 +77,14 @@ def main() -> None:
         mine = [k for k in range(args.micro_batches) if k % WORLD == RANK]
         for k in mine:
             last = k == args.micro_batches - 1
-            batch = micro_batch(step, k, 1 if args.small_last and last else 4)
+            size = 0 if args.empty_last and last else 1 if args.small_last and last else 4
+            batch = micro_batch(step, k, size)
             torch.manual_seed(1000 * step + k)
             accumulates = WORLD > 1 and k != mine[-1] and hasattr(network, "no_sync")
             with network.no_sync() if accumulates else nullcontext():
-                loss = network(**batch).loss / per_rank
+                output = network(**batch)
+                # The mean loss of no example is NaN; this is a zero that all parameters are part of.
+                loss = output.loss / per_rank if size else output.logits.sum()
                 if step == args.nan_at and last:
                     loss = loss * float("nan")
                 loss.backward()
@@ -89,6 +94,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         masks.append(selector.state.last_mask.clone())
+        Path(f"{args.output}.{RANK}.began").touch()
     weights = {
         name: (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
         for name, param in model.named_parameters()
