@@ -101,12 +101,18 @@ def test_a_nan_loss_on_one_rank_keeps_ranks_together_and_frozen_units_whole(tmp_
     assert units and all(torch.isfinite(one["weights"][name]).all() for name in units)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_empty_batch_on_one_rank(strategy: str, tmp_path: Path) -> None:
-    (expected,) = results(1, "none", strategy, tmp_path / "one", "--empty_last")
-    for rank in results(2, "ddp", strategy, tmp_path / "two", "--empty_last"):
-        assert torch.equal(rank["masks"], expected["masks"])
-        assert 0 < rank["masks"].mean() < 1
+def test_an_empty_batch_on_one_rank_ends_all_with_an_error(tmp_path: Path) -> None:
+    """Transformers cannot take a batch of no examples; the other rank must not wait for ever."""
+    command = [str(Path(__file__).with_name("worker.py")), "ddp", "ensemble", str(tmp_path / "out"), "--empty_last"]
+    codes = processes.wait(processes.start(2, [*command, "--timeout", "10"], tmp_path / "log"), 100)
+    assert all(code not in (0, None) for code in codes)
+    assert "0 elements" in (tmp_path / "log.1").read_text() and "Error" in (tmp_path / "log.0").read_text()
+
+
+def test_a_rank_without_examples_takes_any_with_a_loss_of_zero(tmp_path: Path) -> None:
+    (expected,) = results(1, "none", "ensemble", tmp_path / "one", "--idle_last")
+    for rank in results(2, "ddp", "ensemble", tmp_path / "two", "--idle_last"):
+        assert torch.equal(rank["masks"], expected["masks"]) and (rank["masks"] == 0).any()
         assert worst(rank["weights"], expected["weights"]) < 1e-4  # NaN is not
 
 

@@ -61,7 +61,10 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=2)
     parser.add_argument("--nan_at", type=int, default=-1, help="step at which the last micro-batch has a NaN loss")
     parser.add_argument("--small_last", action="store_true", help="the last micro-batch of each step has one example")
-    parser.add_argument("--empty_last", action="store_true", help="the last micro-batch of each step has none")
+    parser.add_argument("--empty_last", action="store_true", help="the last micro-batch of each step has no example")
+    parser.add_argument(
+        "--idle_last", action="store_true", help="the last micro-batch of each step has a loss of zero"
+    )
     parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
@@ -82,9 +85,9 @@ def main() -> None:
             torch.manual_seed(1000 * step + k)
             accumulates = WORLD > 1 and k != mine[-1] and hasattr(network, "no_sync")
             with network.no_sync() if accumulates else nullcontext():
-                output = network(**batch)
-                # The mean loss of no example is NaN; this is a zero that all parameters are part of.
-                loss = output.loss / per_rank if size else output.logits.sum()
+                loss = network(**batch).loss / per_rank
+                if args.idle_last and last:
+                    loss = loss * 0
                 if step == args.nan_at and last:
                     loss = loss * float("nan")
                 loss.backward()
