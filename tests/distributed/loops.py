@@ -14,18 +14,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from tests.distributed.as_gpus import pretend
 from tests.distributed.cells import Cell
-from tests.distributed.worker import RANK, WORLD, micro_batch
+from tests.distributed.worker import DDP_OPTIONS, RANK, WORLD, micro_batch, wrap
 
 STEPS, MICRO_BATCHES, SIZE = 4, 4, 2
 PER_RANK = MICRO_BATCHES // WORLD
-DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.01}
 # What `accelerate launch` tells its processes for accelerate_configs/multi_gpu_fsdp2.yaml.
 SHARDED = {
@@ -59,17 +57,11 @@ def train(model: nn.Module, cell: Cell) -> None:
     {"accelerate": accelerate_loop, "trainer": trainer_loop}.get(cell.loop, plain_loop)(model, cell)
 
 
-def wrap(model: nn.Module, engine: str) -> nn.Module:
-    """Put the model under an engine."""
-    if engine == "fsdp2":
-        for block in model.get_base_model().bert.encoder.layer:
-            fully_shard(block)
-        return fully_shard(model)
+def under(engine: str, model: nn.Module) -> nn.Module:
+    """Put the model under an engine, those that are refused too."""
     if engine == "fsdp1":
         return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    if engine == "data_parallel":
-        return OneReplica(model)
-    return DistributedDataParallel(model, **DDP_OPTIONS[engine]) if engine in DDP_OPTIONS else model
+    return OneReplica(model) if engine == "data_parallel" else wrap(model, engine)
 
 
 class OneReplica(nn.DataParallel):
@@ -85,7 +77,7 @@ class OneReplica(nn.DataParallel):
 
 def plain_loop(model: nn.Module, cell: Cell) -> None:
     """A loop in PyTorch alone, with clipping."""
-    network = wrap(model, cell.engine)
+    network = under(cell.engine, model)
     optimizer = torch.optim.AdamW(network.parameters(), **OPTIMIZER)
     half = {"bf16_autocast": torch.bfloat16, "fp16_autocast": torch.float16}.get(cell.precision)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=half is torch.float16)

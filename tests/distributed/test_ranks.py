@@ -1,4 +1,4 @@
-"""Several processes train as one, and as one process with as many micro-batches."""
+"""Several processes stay together over many steps, and whatever happens to one of them; see also test_table.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from tests.distributed import processes
 
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ("first_order", "second_order", "ensemble")
-ENGINES = ("ddp", "ddp_unused", "ddp_static", "fsdp2")
 
 
 def start(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -35,13 +33,6 @@ def results(ranks: int, engine: str, strategy: str, output: Path, *options: str)
     return [torch.load(f"{output}.{rank}") for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One process, two micro-batches per step, for each strategy."""
-    folder = tmp_path_factory.mktemp("single")
-    return {strategy: results(1, "none", strategy, folder / strategy)[0] for strategy in STRATEGIES}
-
-
 def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     """Largest difference between two sets of weights.
 
@@ -49,20 +40,6 @@ def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     full steps whenever sums are taken in another order.
     """
     return max(float((one[name] - two[name]).abs().max()) for name in one if "key" not in name or "bias" not in name)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_equal_two_micro_batches(
-    engine: str, strategy: str, single: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    ranks = results(2, engine, strategy, tmp_path / "out")
-    expected = single[strategy]
-    assert 0 < expected["masks"].mean() < 1  # something was frozen, or equality would say nothing
-    for rank in ranks:
-        assert torch.equal(rank["masks"], expected["masks"])
-        assert worst(rank["weights"], expected["weights"]) < 1e-6
-        assert rank["statistics"]["steps"] == 6
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

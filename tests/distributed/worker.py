@@ -25,6 +25,7 @@ from tests.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
+DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
 
 
 def build(strategy: str) -> nn.Module:
@@ -39,8 +40,7 @@ def wrap(model: nn.Module, engine: str) -> nn.Module:
         for block in model.get_base_model().bert.encoder.layer:
             fully_shard(block)
         return fully_shard(model)
-    options = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
-    return DistributedDataParallel(model, **options[engine]) if engine in options else model
+    return DistributedDataParallel(model, **DDP_OPTIONS[engine]) if engine in DDP_OPTIONS else model
 
 
 def micro_batch(step: int, index: int, size: int) -> dict[str, torch.Tensor]:
