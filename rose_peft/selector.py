@@ -82,6 +82,7 @@ class RoseSelector:
         self._stepped_gradient = _GradientMark()
         self._foreign_gradient = _GradientMark()
         self._new_pass = False
+        self._called = False
         self._shards: dict[int, Tensor] = {}
         self._foreign_steps = 0
         self._idle_steps = 0
@@ -234,6 +235,7 @@ class RoseSelector:
             self._inner_acted = False
         if not module.training:
             return
+        self._called = True
         if not self._engine_checked or getattr(module, "_is_replica", False):
             self._parameters()  # finds the units anew where adapters have changed
             distributed.check_engine(module, [tensor for unit in self.units for tensor in unit.tensors()])
@@ -380,7 +382,7 @@ class RoseSelector:
         self._check_optimizer(optimizer, args, kwargs, len(owned) < len(parameters))
         self._adopt_state(groups[id(owned[0][1])])
         stepping = [(index, param) for index, param in owned if param.grad is not None]
-        if not stepping:
+        if not stepping or self._makes_state(optimizer):
             return
         if self.needs_risk_pass:
             self._watch_shards(owned)
@@ -414,6 +416,11 @@ class RoseSelector:
         self._pending = None
         self.state.record(*self._pending_masks)
         self._clear_window()
+
+    def _makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""
+        fresh = not self._called and not optimizer.state
+        return fresh and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
 
     def _check_optimizer(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], partial: bool
