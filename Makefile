@@ -19,7 +19,7 @@ test-transformers5: $(VENV5)/.installed
 
 test-distributed: export OMP_NUM_THREADS = 1
 test-distributed: $(VENV4)/.installed
-	$(VENV4)/bin/python -m pytest -m distributed
+	$(VENV4)/bin/python -m pytest -m 'distributed and not slow'
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(VENV4)/.installed

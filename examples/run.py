@@ -312,8 +312,6 @@ def _load(accelerator: Accelerator, path: Path) -> None:
 def _save_model(accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     state = accelerator.get_state_dict(model)
     with whole_folder(path, accelerator) as aside:
-        accelerator.unwrap_model(model).save_pretrained(
-            str(aside), is_main_process=accelerator.is_main_process, state_dict=state
-        )
-        if accelerator.is_main_process:
+        if accelerator.is_main_process:  # where weights are sharded, no other process holds the whole of them
+            accelerator.unwrap_model(model).save_pretrained(str(aside), state_dict=state)
             tokenizer.save_pretrained(str(aside))

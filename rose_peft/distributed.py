@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from .errors import RankMismatchError, UnsupportedEngineError
 
@@ -78,7 +78,7 @@ def check_engine(module: nn.Module, parameters: Sequence[Tensor]) -> None:
 
     Args:
         module: The module whose forward call is running.
-        parameters: Unit parameters.
+        parameters: What the modules hold in place of the unit parameters.
 
     Raises:
         UnsupportedEngineError: Naming the engine and what to use instead.
@@ -95,9 +95,11 @@ def check_engine(module: nn.Module, parameters: Sequence[Tensor]) -> None:
             "DeepSpeed steps flat copies of the parameters inside its own engine, so masks cannot act. Use DDP or "
             "FSDP2 through Accelerate (accelerate_configs/multi_gpu_ddp.yaml, multi_gpu_fsdp2.yaml)."
         )
-    # FSDP1 puts views of its flat parameter into the modules for the forward pass; FSDP2 puts parameters there.
+    # FSDP1 around the whole puts views of its flat parameter into the modules, where FSDP2 puts parameters; around
+    # blocks inside, which are shards until their turn comes, it can be seen itself.
     whole = all(isinstance(param, nn.Parameter) for param in parameters)
-    if getattr(module, "_is_fsdp_managed_module", False) and not whole:
+    wrapped = getattr(module, "_is_fsdp_managed_module", False) and not whole
+    if wrapped or any(isinstance(inner, FullyShardedDataParallel) for inner in module.modules()):
         raise UnsupportedEngineError(
             "FSDP1 flattens parameters, so units cannot be told apart. Use FSDP2 (fsdp_version: 2 in the Accelerate "
             "config) or DDP."

@@ -82,7 +82,8 @@ class RoseSelector:
         self._stepped_gradient = _GradientMark()
         self._foreign_gradient = _GradientMark()
         self._new_pass = False
-        self._sharded: list[tuple[int, Tensor]] | None = None
+        self._called = False
+        self._shards: dict[int, Tensor] = {}
         self._foreign_steps = 0
         self._idle_steps = 0
         self._clear_window()
@@ -234,12 +235,14 @@ class RoseSelector:
             self._inner_acted = False
         if not module.training:
             return
+        self._called = True
         if not self._engine_checked or getattr(module, "_is_replica", False):
-            distributed.check_engine(module, [param for _, param in self._parameters()])
+            self._parameters()  # finds the units anew where adapters have changed
+            distributed.check_engine(module, [tensor for unit in self.units for tensor in unit.tensors()])
             self._engine_checked = True
         # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
         # pass would leave its gradient nothing to reach.
-        if self.needs_risk_pass and any(isinstance(param, DTensor) for _, param in self._parameters()):
+        if self.needs_risk_pass and self._watch_shards(self._parameters()):
             distributed.keep_unsharded_after_forward(self.model)
 
     @torch.compiler.disable
@@ -296,20 +299,37 @@ class RoseSelector:
 
     def _watch_backward(self, output: Any) -> None:
         def seen(grad: Tensor) -> None:
-            self._backward_seen = True
+            self._backward_seen = self._backward_seen or not self._shards
 
         # Not only the loss: with label smoothing or distillation users make their own from the logits.
         for tensor in _tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(seen)
 
+    def _watch_shards(self, parameters: list[tuple[int, Tensor]]) -> bool:
+        """Note when gradients arrive on shards, and return whether there are any.
+
+        A backward pass that FSDP2 does not reduce (while accumulating) leaves its gradients where nobody can see them,
+        but also where nobody can throw them away.
+        """
+
+        def seen(param: Tensor) -> None:
+            self._backward_seen = True
+
+        shards = [param for _, param in parameters if isinstance(param, DTensor)]
+        for param in shards:
+            if id(param) not in self._shards:
+                self._shards[id(param)] = param
+                self._handles.append(param.register_post_accumulate_grad_hook(seen))
+        return bool(shards)
+
     def _forget_discarded_window(self, parameters: list[tuple[int, Tensor]]) -> None:
         """Drop risk passes whose gradients were thrown away, as after an overflow under a GradScaler."""
         if self._square_sum is None or self._counts is None or not self._backward_seen:
             return
-        if self._sharded is not None:  # gradients lie on the shards, which the modules do not show now
-            parameters = self._sharded
-        gradients = [param.grad for _, param in parameters if param.grad is not None]
+        # Gradients lie on the shards, which the modules do not show now.
+        holders = self._shards.values() or [param for _, param in parameters]
+        gradients = [param.grad for param in holders if param.grad is not None]
         if not gradients:
             self._clear_window()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
@@ -367,9 +387,10 @@ class RoseSelector:
         self._check_optimizer(optimizer, args, kwargs, len(owned) < len(parameters))
         self._adopt_state(groups[id(owned[0][1])])
         stepping = [(index, param) for index, param in owned if param.grad is not None]
-        if not stepping:
+        if not stepping or self._makes_state(optimizer):
             return
-        self._sharded = owned if isinstance(owned[0][1], DTensor) else None
+        if self.needs_risk_pass:
+            self._watch_shards(owned)
         loss_scale = _loss_scale(optimizer)
         if loss_scale is None:  # an overflow step: the optimizer will not move anything either
             self._clear_window()
@@ -400,6 +421,11 @@ class RoseSelector:
         self._pending = None
         self.state.record(*self._pending_masks)
         self._clear_window()
+
+    def _makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""
+        fresh = not self._called and not optimizer.state
+        return fresh and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
 
     def _check_optimizer(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], partial: bool

@@ -25,6 +25,11 @@ class Unit:
     name: str
     slots: tuple[tuple[nn.Module, str], ...]
 
+    def tensors(self) -> list[Tensor]:
+        """Whatever the modules hold in place of the parameters, which need not be parameters."""
+        found = (getattr(module, name, None) for module, name in self.slots)
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
     def parameters(self) -> list[Tensor]:
         """The tensors that train now; those of an inactive adapter do not."""
         found = (module._parameters.get(name) for module, name in self.slots)

@@ -1,8 +1,9 @@
-"""Several processes train as one, and as one process with as many micro-batches."""
+"""Several processes stay together over many steps, and whatever happens to one of them; see also test_table.py."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed import processes
+
 pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
-STRATEGIES = ("first_order", "second_order", "ensemble")
-ENGINES = ("ddp", "ddp_unused", "ddp_static", "fsdp2")
 
 
 def start(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -32,13 +33,6 @@ def results(ranks: int, engine: str, strategy: str, output: Path, *options: str)
     return [torch.load(f"{output}.{rank}") for rank in range(ranks)]
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One process, two micro-batches per step, for each strategy."""
-    folder = tmp_path_factory.mktemp("single")
-    return {strategy: results(1, "none", strategy, folder / strategy)[0] for strategy in STRATEGIES}
-
-
 def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     """Largest difference between two sets of weights.
 
@@ -46,20 +40,6 @@ def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     full steps whenever sums are taken in another order.
     """
     return max(float((one[name] - two[name]).abs().max()) for name in one if "key" not in name or "bias" not in name)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_equal_two_micro_batches(
-    engine: str, strategy: str, single: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    ranks = results(2, engine, strategy, tmp_path / "out")
-    expected = single[strategy]
-    assert 0 < expected["masks"].mean() < 1  # something was frozen, or equality would say nothing
-    for rank in ranks:
-        assert torch.equal(rank["masks"], expected["masks"])
-        assert worst(rank["weights"], expected["weights"]) < 1e-6
-        assert rank["statistics"]["steps"] == 6
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -96,6 +76,37 @@ def test_a_nan_loss_on_one_rank_keeps_ranks_together_and_frozen_units_whole(tmp_
     assert torch.equal(one["masks"][5], torch.zeros_like(one["masks"][5]))
     units = [name for name in one["weights"] if ".encoder.layer." in name and name.endswith("weight")]
     assert units and all(torch.isfinite(one["weights"][name]).all() for name in units)
+
+
+def test_an_empty_batch_on_one_rank_ends_all_with_an_error(tmp_path: Path) -> None:
+    """Transformers cannot take a batch of no examples; the other rank must not wait for ever."""
+    command = [str(Path(__file__).with_name("worker.py")), "ddp", "ensemble", str(tmp_path / "out"), "--empty_last"]
+    codes = processes.wait(processes.start(2, [*command, "--timeout", "10"], tmp_path / "log"), 100)
+    assert all(code not in (0, None) for code in codes)
+    assert "0 elements" in (tmp_path / "log.1").read_text() and "Error" in (tmp_path / "log.0").read_text()
+
+
+def test_a_rank_without_examples_takes_any_with_a_loss_of_zero(tmp_path: Path) -> None:
+    (expected,) = results(1, "none", "ensemble", tmp_path / "one", "--idle_last")
+    for rank in results(2, "ddp", "ensemble", tmp_path / "two", "--idle_last"):
+        assert torch.equal(rank["masks"], expected["masks"]) and (rank["masks"] == 0).any()
+        assert worst(rank["weights"], expected["weights"]) < 1e-4  # NaN is not
+
+
+@pytest.mark.parametrize("loss", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_lost_rank_ends_the_others_with_an_error(engine: str, loss: signal.Signals, tmp_path: Path) -> None:
+    """Killed, its connections break; hung, the process group's timeout does it."""
+    command = [str(Path(__file__).with_name("worker.py")), engine, "ensemble", str(tmp_path / "out")]
+    ranks = processes.start(2, [*command, "--steps", "1000000", "--timeout", "10"], tmp_path / "log")
+    try:
+        processes.until(lambda: all((tmp_path / f"out.{rank}.began").exists() for rank in (0, 1)), ranks)
+        ranks[1].send_signal(loss)
+        (code,) = processes.wait(ranks[:1], 40)  # the timeout, and the end of a process on a busy machine
+    finally:
+        processes.kill(ranks)
+    assert code not in (0, None)
+    assert "Error" in (tmp_path / "log.0").read_text()
 
 
 def test_the_rank_check_names_the_first_unit_that_differs(tmp_path: Path) -> None:

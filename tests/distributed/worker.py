@@ -25,6 +25,7 @@ from tests.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
+DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
 
 
 def build(strategy: str) -> nn.Module:
@@ -39,8 +40,7 @@ def wrap(model: nn.Module, engine: str) -> nn.Module:
         for block in model.get_base_model().bert.encoder.layer:
             fully_shard(block)
         return fully_shard(model)
-    options = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
-    return DistributedDataParallel(model, **options[engine]) if engine in options else model
+    return DistributedDataParallel(model, **DDP_OPTIONS[engine]) if engine in DDP_OPTIONS else model
 
 
 def micro_batch(step: int, index: int, size: int) -> dict[str, torch.Tensor]:
@@ -61,10 +61,15 @@ def main() -> None:
     parser.add_argument("--micro_batches", type=int, default=2)
     parser.add_argument("--nan_at", type=int, default=-1, help="step at which the last micro-batch has a NaN loss")
     parser.add_argument("--small_last", action="store_true", help="the last micro-batch of each step has one example")
+    parser.add_argument("--empty_last", action="store_true", help="the last micro-batch of each step has no example")
+    parser.add_argument(
+        "--idle_last", action="store_true", help="the last micro-batch of each step has a loss of zero"
+    )
+    parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
     if WORLD > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     model = build(args.strategy)
     selector = get_selector(model)
     network = wrap(model, args.engine)
@@ -75,11 +80,14 @@ def main() -> None:
         mine = [k for k in range(args.micro_batches) if k % WORLD == RANK]
         for k in mine:
             last = k == args.micro_batches - 1
-            batch = micro_batch(step, k, 1 if args.small_last and last else 4)
+            size = 0 if args.empty_last and last else 1 if args.small_last and last else 4
+            batch = micro_batch(step, k, size)
             torch.manual_seed(1000 * step + k)
             accumulates = WORLD > 1 and k != mine[-1] and hasattr(network, "no_sync")
             with network.no_sync() if accumulates else nullcontext():
                 loss = network(**batch).loss / per_rank
+                if args.idle_last and last:
+                    loss = loss * 0
                 if step == args.nan_at and last:
                     loss = loss * float("nan")
                 loss.backward()
@@ -89,6 +97,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         masks.append(selector.state.last_mask.clone())
+        Path(f"{args.output}.{RANK}.began").touch()
     weights = {
         name: (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
         for name, param in model.named_parameters()

@@ -1,0 +1,69 @@
+"""The cells of the table: which engine, loop, precision and strategy go together, and what must come of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+STRATEGIES = ("first_order", "second_order", "ensemble")
+ENGINES = ("one", "ddp", "ddp_unused", "ddp_static", "fsdp2")  # "one" is a single process
+LOOPS = ("plain", "accelerate", "trainer")
+PRECISIONS = ("float32", "bf16_autocast", "fp16_autocast", "bf16", "float64")
+RISK = ("first_order", "ensemble")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to train; `refusal` is what ROSE's error must say, `obstacle` what keeps it from running on a CPU."""
+
+    engine: str
+    loop: str
+    precision: str
+    strategy: str
+    refusal: str = ""
+    obstacle: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unique name, for files and test ids."""
+        return f"{self.engine}-{self.loop}-{self.precision}-{self.strategy}"
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes."""
+        return 1 if self.engine in ("one", "data_parallel", "deepspeed") else 2
+
+    @property
+    def reference(self) -> str:
+        """Name of the cell that does the same in one process; empty where rounding makes them differ."""
+        exact = self.engine in ENGINES[1:] and self.precision in ("float32", "float64") and not self.refusal
+        return f"one-{self.loop}-{self.precision}-{self.strategy}" if exact else ""
+
+
+def _obstacle(loop: str, precision: str) -> str:
+    return "has no fp16 here" if precision == "fp16_autocast" and loop != "plain" else ""
+
+
+def _refused() -> list[Cell]:
+    """What cannot work, and part of the message that says so; where it works with one strategy, that is here too."""
+    cells = []
+    for strategy in STRATEGIES:
+        reentrant = "use_reentrant" if strategy in RISK else ""
+        cells += [
+            Cell("one", "step(closure)", "float32", strategy, "without a closure"),
+            Cell("one", "checkpointing", "float32", strategy),
+            Cell("one", "reentrant", "float32", strategy, reentrant),
+            Cell("ddp", "checkpointing", "float32", strategy),
+            Cell("ddp", "reentrant", "float32", strategy, reentrant),
+            Cell("data_parallel", "plain", "float32", strategy, "one process per GPU"),
+            Cell("fsdp1", "plain", "float32", strategy, "Use FSDP2"),
+            Cell("fsdp1", "accelerate", "float32", strategy, "Use FSDP2"),
+            Cell("deepspeed", "accelerate", "float32", strategy, "Use DDP or FSDP2"),
+        ]
+    return cells
+
+
+CELLS = [
+    Cell(engine, loop, precision, strategy, obstacle=_obstacle(loop, precision))
+    for engine, loop, precision, strategy in product(ENGINES, LOOPS, PRECISIONS, STRATEGIES)
+] + _refused()

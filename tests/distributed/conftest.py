@@ -1,0 +1,60 @@
+"""Prints the table of what works at the end of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.distributed.cells import PRECISIONS, STRATEGIES, Cell
+
+_OUTCOMES = pytest.StashKey[dict[Cell, tuple[str, str]]]()
+Record = Callable[[Cell, str, str], None]
+
+
+@pytest.fixture(scope="session")
+def record_outcome(request: pytest.FixtureRequest) -> Record:
+    """Call with a cell, what came of it in a word, and why."""
+    outcomes = request.config.stash.setdefault(_OUTCOMES, {})
+
+    def record(cell: Cell, outcome: str, reason: str) -> None:
+        outcomes[cell] = outcome, reason
+
+    return record
+
+
+def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
+    """One line per engine and loop, one column per precision; strategies only where they differ."""
+    rows: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    reasons: dict[str, list[str]] = {}
+    for cell, (outcome, reason) in outcomes.items():
+        if reason:
+            notes = reasons.setdefault(f"{outcome}: {reason}", [])
+            notes.append(f"{cell.engine} {cell.loop}")
+            outcome += f" [{list(reasons).index(f'{outcome}: {reason}') + 1}]"
+        rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.strategy] = outcome
+    lines = [f"{'engine':14s}{'loop':15s}" + "".join(f"{precision:16s}" for precision in PRECISIONS)]
+    for (engine, loop), columns in rows.items():
+        line = f"{engine:14s}{loop:15s}"
+        extra = []
+        for precision in PRECISIONS:
+            found = columns.get(precision, {})
+            same = len(set(found.values())) == 1 and len(found) == len(STRATEGIES)
+            line += f"{next(iter(found.values())) if same else 'see below' if found else '':16s}"
+            if found and not same:
+                extra.append(f"{'':29s}{precision}: " + ", ".join(f"{name} {text}" for name, text in found.items()))
+        lines += [line.rstrip(), *extra]
+    for number, (reason, cells) in enumerate(reasons.items(), 1):
+        lines.append(f"[{number}] {reason} ({', '.join(dict.fromkeys(cells))})")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    outcomes = config.stash.get(_OUTCOMES, {})
+    if outcomes:
+        terminalreporter.section("engine x loop x precision x strategy")
+        for line in table(outcomes):
+            terminalreporter.write_line(line)
+        words = [outcome for outcome, _ in outcomes.values()]
+        counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+        terminalreporter.write_line(f"{len(words)} cells: {counts}")

@@ -1,0 +1,79 @@
+"""All processes killed at random steps, again and again, and resumed: the end is as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.processes import ROOT, kill, start, until, wait
+from tests.test_examples_train import assert_same_run, inputs, options
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3000)]
+FEW_AND_MANY = [pytest.param(2, id="2 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
+__all__ = ["inputs"]
+# Accelerate calls the device of one of several CPU processes "cpu:0"; there the Trainer loads no optimizer.
+DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+
+
+def run(ranks: int, command: list[str], log: Path, **environment: str) -> None:
+    """Run to the end."""
+    codes = wait(start(ranks, command, log, **environment), 600)
+    assert codes == [0] * ranks, Path(f"{log}.0").read_text()[-3000:]
+
+
+def checkpoints(folder: Path) -> set[tuple[str, int]]:
+    """Complete and incomplete checkpoints under their final name; a replaced one counts anew."""
+    try:
+        return {(path.name, path.stat().st_ino) for path in folder.glob("checkpoint*") if path.suffix != ".partial"}
+    except FileNotFoundError:  # replaced just now
+        return checkpoints(folder)
+
+
+def kill_at_random(
+    ranks: int, command: list[str], folder: Path, log: Path, rng: random.Random, **environment: str
+) -> None:
+    """Start, let one or two steps be saved, and kill everything within the next one or two."""
+    processes = start(ranks, command, log, **environment)
+    try:
+        for _ in range(rng.randint(1, 2)):
+            before = checkpoints(folder)
+            until(lambda before=before: bool(checkpoints(folder) - before), processes)
+        time.sleep(rng.uniform(0, 0.2))
+    finally:
+        kill(processes)
+
+
+@pytest.mark.parametrize("kills", FEW_AND_MANY)
+def test_accelerate_on_two_processes(inputs: dict[str, str], tmp_path: Path, kills: int) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # Four epochs of 12 steps; 20 kills see 40 of them at most, and not many more within the delays.
+    more = ("--save_steps", "1", "--batch_size", "4", "--epochs", "1" if kills < 3 else "8")
+    script = str(ROOT / "examples" / "train.py")
+    run(2, [script, *options(inputs, whole, *more)], tmp_path / "log")
+    rng = random.Random(kills)
+    for _ in range(kills):
+        resume = ("--resume",) if (broken / "run.json").exists() else ()
+        kill_at_random(2, [script, *options(inputs, broken, *more, *resume)], broken, tmp_path / "log", rng)
+    run(2, [script, *options(inputs, broken, *more, "--resume")], tmp_path / "log")
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("kills", FEW_AND_MANY)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_trainer(ranks: int, kills: int, tmp_path: Path) -> None:
+    ends = []
+    for name in ("whole", "broken"):
+        command = [str(Path(__file__).with_name("resume_trainer.py")), str(tmp_path / name), str(kills * 6)]
+        rng = random.Random(kills)
+        for _ in range(kills if name == "broken" else 0):
+            kill_at_random(ranks, command, tmp_path / name, tmp_path / "log", rng, **DEVICE)
+        run(ranks, command, tmp_path / "log", **DEVICE)
+        ends.append(torch.load(tmp_path / name / "end", weights_only=False))
+    one, two = ends
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+    assert one["statistics"]["steps"] == kills * 6 and 0 < one["statistics"]["kept_share"] < 1
+    assert str(one["statistics"]) == str(two["statistics"])  # as text: NaN equals itself

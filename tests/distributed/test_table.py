@@ -1,0 +1,67 @@
+"""Every engine x loop x precision x strategy: works as in one process, or is refused with an error that says so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rose_peft
+from tests.distributed.cells import CELLS, Cell
+from tests.distributed.conftest import Record
+from tests.distributed.loops import STEPS
+from tests.distributed.test_ranks import ROOT, worst
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
+CLOSE = {"float32": 1e-4, "float64": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of all cells, from one launch of one process and one of two."""
+    folder = tmp_path_factory.mktemp("table")
+    script = str(Path(__file__).with_name("table.py"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROSE_CHECK_RANKS": "1"}
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]):
+        command = [sys.executable, *launcher, script, str(folder)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def trained(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any] | None) -> None:
+    """Assert that ROSE acted, alike on all ranks, and as in one process."""
+    for rank in ranks:
+        assert not rank["error"], rank["trace"]
+        assert rank["sharded"] == (cell.engine == "fsdp2")
+        assert rank["steps"] == len(rank["masks"]) == STEPS
+        assert (rank["masks"] == 0).any() and (rank["masks"] > 0).any(), "nothing was frozen, or everything"
+        assert not rank["wrong"]
+        assert torch.equal(rank["masks"], ranks[0]["masks"])
+        assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for name in rank["weights"])
+        if reference is not None:
+            assert torch.equal(rank["masks"], reference["masks"])
+            assert worst(rank["weights"], reference["weights"]) < CLOSE[cell.precision]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_cell(cell: Cell, folder: Path, record_outcome: Record) -> None:
+    record_outcome(cell, "FAILED", "")
+    ranks = [torch.load(path) for path in sorted(folder.glob(f"{cell.name}.[01]"))]
+    assert len(ranks) == cell.ranks
+    if cell.refusal:
+        for rank in ranks:
+            assert issubclass(getattr(rose_peft, rank["error"]), rose_peft.RoseError), rank["trace"]
+            assert cell.refusal in rank["message"]
+        record_outcome(cell, "refused", f"{ranks[0]['error']}: {ranks[0]['message']}")
+    elif cell.obstacle:
+        assert all(cell.obstacle in rank["message"] for rank in ranks), ranks[0]
+        record_outcome(cell, "not on CPU", ranks[0]["message"].split(" on rank")[0])
+    else:
+        trained(cell, ranks, torch.load(folder / f"{cell.reference}.0") if cell.reference else None)
+        record_outcome(cell, "works", "")
