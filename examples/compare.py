@@ -17,10 +17,13 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from arguments import InputError, reason
 from checkpoint import write_json
 from cost import ratios, time_in_turn
@@ -76,16 +79,21 @@ class Comparison:
         for task in self.tasks:
             for seed in self.seeds:
                 for method in self.methods:
-                    try:
+                    with self._named(f"{task}, {method}, seed {seed}"):
                         self._cell(task, method, seed)
-                    except EXPECTED as error:
-                        self.failures.append(f"{task}, {method}, seed {seed}: {reason(error)}")
-                        print(f"failed: {self.failures[-1]}", file=sys.stderr)
-            if self.grid.cost_rounds:
-                try:
-                    self._cost(task)
-                except EXPECTED as error:
-                    self.failures.append(f"{task}, cost: {reason(error)}")
+            for method in self.methods if self.grid.cost_rounds else []:
+                with self._named(f"{task}, {method}, cost"):
+                    self._cost(task, method)
+
+    @contextmanager
+    def _named(self, part: str) -> Iterator[None]:
+        """Write down what goes wrong in a part of the grid, and go on."""
+        try:
+            yield
+        except Exception as error:  # out of memory, a full disk, a bug of ours: the other parts may still work
+            kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+            self.failures.append(f"{part}: {kind}{reason(error)}")
+            print(f"failed: {self.failures[-1]}", file=sys.stderr)
 
     def _place(self, task: str, method: str) -> Path:
         return Path(self.args.output_dir) / task / method
@@ -105,8 +113,9 @@ class Comparison:
         print(f"{task}, {method}, seed {seed}: {candidate.name}", flush=True)
         trained = self._trained(candidate)
         folder = self._folder(candidate)
-        figures, missing = measure(
-            folder / "model", task, self.args.data_dir, self.grid.evaluation, folder / "attacks"
+        max_length = trained["config"]["max_length"]
+        figures, unavailable = measure(
+            folder / "model", task, self.args.data_dir, max_length, self.grid.evaluation, folder / "attacks"
         )
         best = trained["best"]
         result = Result(
@@ -121,7 +130,7 @@ class Comparison:
                 "history": trained["history"],
                 "device": trained["device"],
                 "kept_share": (trained["rose"] or {}).get("kept_share"),
-                "missing": missing,
+                "unavailable": unavailable,
             },
         )
         if trained["rose"] is not None and seed == self.grid.seeds[0]:
@@ -153,49 +162,48 @@ class Comparison:
     def _trained(self, candidate: Candidate) -> dict[str, Any]:
         return train_once(candidate.arguments(self._folder(candidate), self.args.data_dir))
 
-    def _cost(self, task: str) -> None:
-        """Time steps of all methods in turn on the same batches, where a method's figure is missing."""
-        files = {method: self._place(task, method) / "cost.json" for method in self.grid.methods}
-        if all(file.exists() for file in files.values()):
+    def _cost(self, task: str, method: str) -> None:
+        """Time steps of a method and of the baseline in turn on the same batch."""
+        file = self._place(task, method) / "cost.json"
+        ours, baseline = (self.grid.candidates(task, m, self.grid.seeds[0])[0] for m in (method, self.grid.baseline))
+        config = {"options": ours.options, "baseline": baseline.options, "rounds": {"rounds": self.grid.cost_rounds}}
+        if file.exists():
+            _same(file, load_result(file).config, config)
             return
-        print(f"{task}: cost per step", flush=True)
-        steps = {method: self._stepper(self.grid.candidates(task, method, self.grid.seeds[0])[0]) for method in files}
-        timed = time_in_turn(steps, self.grid.cost_rounds)
-        for method, (low, middle, high) in ratios(timed, self.grid.baseline).items():
-            Result(
-                method=method,
-                task=task,
-                seed=self.grid.seeds[0],
-                cost={
-                    f"step, x {self.grid.baseline}": middle,
-                    "lower quartile": low,
-                    "upper quartile": high,
-                },
-                config={"rounds": self.grid.cost_rounds, "side_by_side_with": list(files)},
-            ).save(files[method])
+        print(f"{task}, {method}: cost per step", flush=True)
+        steps = {name: self._stepper(one) for name, one in (("baseline", baseline), ("method", ours))}
+        low, middle, high = ratios(time_in_turn(steps, self.grid.cost_rounds), "baseline")["method"]
+        cost = {f"step, x {self.grid.baseline}": middle, "lower quartile": low, "upper quartile": high}
+        Result(method=method, task=task, seed=self.grid.seeds[0], cost=cost, config=config).save(file)
 
-    def _stepper(self, candidate: Candidate) -> Any:
+    def _stepper(self, candidate: Candidate) -> Callable[[], None]:
+        """Make a function that takes a step as `train` does, on one batch."""
         args = candidate.arguments(self._folder(candidate), self.args.data_dir)
         text = load_text(args)
         model, tokenizer = build_model(args, text.labels)
-        device = "cuda" if _cuda() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device).train()
         optimizer, objective = make_optimizer(model, args), make_objective(args)
         rows = tokenize(text.train.select(range(min(args.batch_size, len(text.train)))), tokenizer, args.max_length)
         batch = {name: value.to(device) for name, value in DataCollatorWithPadding(tokenizer)(list(rows)).items()}
+        forward = model.forward
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision))
+
+        def autocast_forward(*inputs: Any, **named: Any) -> Any:
+            # Around the forward pass alone, as Accelerate does it.
+            with torch.autocast(device, precision, enabled=precision is not None):
+                return forward(*inputs, **named)
+
+        model.forward = autocast_forward
 
         def step() -> None:
             objective(model, batch, lambda loss: loss.backward())
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
         return step
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _chosen(option: str, asked: list[Any], there: list[Any]) -> list[Any]:
@@ -213,7 +221,7 @@ def _same(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
             if have.get(name) != settings.get(name):
                 raise InputError(
                     f"{name}={have.get(name)!r} in {file}, but the grid says {settings.get(name)!r}; delete the file "
-                    "to make it anew, or pass another --output_dir (and --runs_dir)."
+                    "to make it anew, or pass another --output_dir and --runs_dir."
                 )
 
 
@@ -249,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     for line in [*comparison.failures, *report.problems]:
         print(f"not in the report: {line}", file=sys.stderr)
-    print(f"\n{len(report.results)} runs: {report.page}")
+    print(f"\n{sum(bool(result.figures) for result in report.results)} runs: {report.page}")
     return 1 if comparison.failures else 0
 
 

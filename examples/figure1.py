@@ -5,7 +5,7 @@
 
 It fine-tunes three models, on the same data and with the same options but for the strategy: an overfitted one (few
 examples, many epochs, the last model), a plain one and one with ROSE, and draws the four surfaces side by side on one
-scale. All options of train.py hold. A run that was killed is continued by the same command.
+scale. The options of train.py hold for all three. A run that was killed is continued by the same command.
 """
 
 from __future__ import annotations
@@ -48,15 +48,21 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(args.output_dir)
     overfit = {"max_train_samples": figure.overfit_samples, "epochs": figure.overfit_epochs, "keep": "last"}
     runs = {
-        "overfitted": {"strategy": "none", **overfit},
-        "plain": {"strategy": "none"},
-        f"ROSE ({args.strategy})": {"strategy": args.strategy},
+        "overfitted": {"strategy": "none", "variant": None, **overfit},
+        "plain": {"strategy": "none", "variant": None},
+        f"ROSE ({args.strategy})": {},
     }
     try:
         if args.task is None or args.strategy == "none":
             raise InputError(
                 f"task={args.task!r}, strategy={args.strategy!r}: figure 1 needs a GLUE task and a strategy of ROSE."
             )
+        for name in ("train_file", "validation_file", "overwrite", "resume"):
+            if getattr(args, name):
+                raise InputError(
+                    f"{name}={getattr(args, name)!r} has no place here: figure 1 is of a GLUE task, and the same "
+                    "command continues what it finds in output_dir."
+                )
         models = [f"before fine-tuning={args.model_name_or_path or embedded_encoder()}"]
         for name, changes in runs.items():
             one = dataclasses.replace(args, output_dir=str(folder / name), **changes)
@@ -69,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     data = ["--data_dir", args.data_dir] if args.data_dir else []
     settings = [f"--{name}={getattr(figure, name)}" for name in ("num_examples", "points", "radius", "probes")]
     place = ["--task", args.task, "--output_dir", str(folder / "landscape"), "--seed", str(args.seed)]
+    place += ["--training_seed", str(args.seed)]
     return landscape.main([*place, *data, *settings, "--models", *models])
 
 

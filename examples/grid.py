@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -22,7 +23,19 @@ from rose_peft.robustness.noise import KINDS
 
 TRAIN_TYPES = {option.name: str(option.type) for option in dataclasses.fields(TrainArguments)}
 # What the grid itself decides.
-RESERVED = {"task", "data_dir", "seed", "output_dir", "resume", "overwrite"}
+RESERVED = {"task", "data_dir", "seed", "output_dir", "resume", "overwrite", "train_file", "validation_file"}
+ENTRIES = "entries of its own"
+GRID_KINDS: dict[str, tuple[type, str]] = {
+    "seeds": (list, "a list"),
+    "tasks": (dict, ENTRIES),
+    "methods": (dict, ENTRIES),
+    "common": (dict, ENTRIES),
+    "search": (dict, ENTRIES),
+    "evaluation": (dict, ENTRIES),
+    "title": (str, "a text"),
+    "baseline": (str, "the name of a method"),
+    "cost_rounds": (int, "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,19 @@ class Evaluation:
     ascent_steps: int = 10
     probes: int = 16
     seed: int = 0
+
+
+EVALUATION_TYPES = {setting.name: str(setting.type) for setting in dataclasses.fields(Evaluation)}
+EVALUATION_BOUNDS = {
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "noise_rates": (lambda value: 0 < value <= 1, "numbers above 0 and at most 1"),
+    "attack_examples": (lambda value: value >= 1, "at least 1; leave recipes empty for no attack"),
+    "query_budget": (lambda value: value >= 2, "at least 2"),
+    "sharpness_examples": (lambda value: value >= 0, "at least 0; 0 leaves the sharpness out"),
+    "epsilon": (lambda value: value > 0, "above 0"),
+    "ascent_steps": (lambda value: value >= 1, "at least 1"),
+    "probes": (lambda value: value >= 0, "at least 0; 0 leaves the trace out"),
+}
 
 
 @dataclass(frozen=True)
@@ -127,9 +153,15 @@ class Grid:
         """Every setting that the search tries for a method on a task."""
         own = {name: value for name, value in self.methods[method].items() if name != "search"}
         options = {**self.common, **self.tasks[task], **own}
-        space = self.methods[method].get("search", self.search)
-        rows = [_typed(dict(zip(space, values, strict=True))) for values in itertools.product(*space.values())]
-        return [Candidate(task, method, seed, {**_typed(options), **row}, row) for row in rows]
+        space = self.space(method)
+        rows = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+        searched = [_typed(row, TRAIN_TYPES) for row in rows]
+        fixed = _typed(options, TRAIN_TYPES)
+        return [Candidate(task, method, seed, {**fixed, **row}, row) for row in searched]
+
+    def space(self, method: str) -> dict[str, list[Any]]:
+        """What the search tries for a method: its own settings, or else those of the grid."""
+        return self.methods[method].get("search", self.search)
 
     def all_candidates(self) -> Iterator[Candidate]:
         """Every setting of every method on every task, with the first seed."""
@@ -149,36 +181,42 @@ def read_grid(path: Path) -> Grid:
         raise InputError(f"grid={str(path)!r} cannot be read ({reason(error)}); pass a YAML file.") from error
     if not isinstance(content, dict):
         raise InputError(f"grid={str(path)!r} holds no entries; it needs at least seeds, tasks and methods.")
-    _known(content, {f.name for f in dataclasses.fields(Grid)}, "grid")
-    kinds = {"seeds": list, "tasks": dict, "methods": dict, "common": dict, "search": dict, "evaluation": dict}
-    for name, kind in kinds.items():
-        value = content.get(name, kind())
-        if not isinstance(value, kind) or (name in ("seeds", "tasks", "methods") and not value):
-            words = "a list" if kind is list else "entries of its own"
-            raise InputError(f"grid: {name}={content.get(name)!r} must be {words}.")
-    evaluation = content.pop("evaluation", {})
-    _known(evaluation, {f.name for f in dataclasses.fields(Evaluation)}, "evaluation")
+    _known(content, GRID_KINDS, "grid")
+    for name, (kind, words) in GRID_KINDS.items():
+        required = name in ("seeds", "tasks", "methods")
+        value = content.get(name, None if required else kind())
+        if not isinstance(value, kind) or (required and not value):
+            raise InputError(f"grid: {name}={value!r} must be {words}.")
     for name in ("tasks", "methods"):
         content[name] = {key: value or {} for key, value in content[name].items()}
-    grid = Grid(**content, evaluation=Evaluation(**evaluation))
+        for key, value in content[name].items():
+            if not isinstance(key, str) or not isinstance(value, dict):
+                raise InputError(f"grid: {key!r} in {name} must be a name with options, not {value!r}.")
+    settings = content.pop("evaluation", {})
+    _known(settings, EVALUATION_TYPES, "evaluation")
+    grid = Grid(**content, evaluation=Evaluation(**_typed(settings, EVALUATION_TYPES)))
     _check(grid)
     return grid
 
 
 def _check(grid: Grid) -> None:
-    _known(grid.common, TRAIN_TYPES.keys() - RESERVED, "common")
-    _known(grid.search, TRAIN_TYPES.keys() - RESERVED, "search")
-    _known(grid.tasks, set(TASKS), "tasks")
-    for name, options in {**grid.tasks, **grid.methods}.items():
-        _known(options, TRAIN_TYPES.keys() - RESERVED | ({"search"} if name in grid.methods else set()), str(name))
+    free = TRAIN_TYPES.keys() - RESERVED
+    _known(grid.common, free, "common")
+    _known(grid.tasks, TASKS, "tasks")
+    for name, options in grid.tasks.items():
+        _known(options, free, name)
+    for name, options in grid.methods.items():
+        if not re.fullmatch(r"\w[^/\\]*", name):
+            raise InputError(f"grid: method {name!r} names a folder; begin with a letter and leave out / and \\.")
+        _known(options, free | {"search"}, name)
+        _check_search(grid.space(name), free, options, name)
     if grid.baseline not in grid.methods:
-        raise InputError(
-            f"grid: baseline={grid.baseline!r} is no method of it; choose one of {', '.join(grid.methods)}."
-        )
-    if not all(isinstance(seed, int) for seed in grid.seeds) or len(set(grid.seeds)) != len(grid.seeds):
+        raise InputError(f"grid: baseline={grid.baseline!r} is no method; choose one of {', '.join(grid.methods)}.")
+    if not all(type(seed) is int for seed in grid.seeds) or len(set(grid.seeds)) != len(grid.seeds):
         raise InputError(f"grid: seeds={grid.seeds!r} must be different integers.")
-    _known(dict.fromkeys(grid.evaluation.noise_kinds), set(KINDS), "noise_kinds")
-    _known(dict.fromkeys(grid.evaluation.recipes), {*RECIPES, *PRESETS}, "recipes")
+    if grid.cost_rounds < 0 or grid.cost_rounds == 1:
+        raise InputError(f"grid: cost_rounds={grid.cost_rounds} must be 0, or at least 2.")
+    _check_evaluation(grid.evaluation)
     task = next(iter(grid.tasks))
     tried = {method: len(grid.candidates(task, method, 0)) for method in grid.methods}
     for method, count in tried.items():
@@ -194,19 +232,53 @@ def _check(grid: Grid) -> None:
             raise InputError(f"grid: {candidate.task}, {candidate.method}: {reason(error)}") from error
 
 
-def _typed(options: dict[str, Any]) -> dict[str, Any]:
+def _check_search(space: Any, free: Collection[str], options: dict[str, Any], method: str) -> None:
+    if not isinstance(space, dict):
+        raise InputError(f"grid: search={space!r} of {method!r} must be options with lists of values.")
+    _known(space, free, f"search of {method!r}")
+    for name, values in space.items():
+        if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
+            raise InputError(f"grid: {name}={values!r} in search of {method!r} must be a list of different values.")
+        if name in options:
+            raise InputError(
+                f"grid: {name} of {method!r} is {options[name]!r} and searched too; leave one out "
+                "(search: {} searches nothing)."
+            )
+
+
+def _check_evaluation(settings: Evaluation) -> None:
+    _known(settings.noise_kinds, KINDS, "noise_kinds")
+    _known(settings.recipes, [*RECIPES, *PRESETS], "recipes")
+    for name, (holds, words) in EVALUATION_BOUNDS.items():
+        value = getattr(settings, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not holds(number):
+                raise InputError(f"grid: {name}={value!r} must be {words}.")
+
+
+def _typed(options: dict[str, Any], types: Mapping[str, str]) -> dict[str, Any]:
     """Check the types of options, which no command line has read; YAML takes 1e-4 for a text (it wants a point)."""
     typed = {}
     for name, value in options.items():
-        kind, _, optional = TRAIN_TYPES[name].partition(" | ")
-        with suppress(TypeError, ValueError):
-            typed[name] = float(value) if kind == "float" and value is not None else value
-        if type(typed.get(name)).__name__ != kind and not (value is None and optional):
-            raise InputError(f"grid: {name}={value!r} must be of type {TRAIN_TYPES[name]}.")
+        kind, _, optional = types[name].partition(" | ")
+        inner = kind.removeprefix("list[").removesuffix("]")
+        parts = [_number(part, inner) for part in value] if kind != inner and isinstance(value, list) else None
+        typed[name] = _number(value, kind) if parts is None else parts
+        fits = type(typed[name]).__name__ == kind if kind == inner else parts is not None
+        if not (fits and all(type(part).__name__ == inner for part in parts or [])) and not (
+            value is None and optional
+        ):
+            raise InputError(f"grid: {name}={value!r} must be of type {types[name]}.")
     return typed
 
 
-def _known(entries: dict[str, Any], known: set[str], place: str) -> None:
+def _number(value: Any, kind: str) -> Any:
+    with suppress(TypeError, ValueError):
+        return float(value) if kind == "float" and not isinstance(value, bool) else value
+    return value
+
+
+def _known(entries: Iterable[str], known: Collection[str], place: str) -> None:
     for name in entries:
         if name not in known:
             near = get_close_matches(str(name), known, n=1)

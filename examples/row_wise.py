@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from rose_peft import UnsupportedOptimizerError, selection
+from rose_peft.distributed import world_size
 from rose_peft.selector import RoseSelector
+from rose_peft.update import owned_groups
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -42,8 +44,12 @@ class RowWise(RoseSelector):
         stepping = [param for _, param in parameters if id(param) in mine and param.grad is not None]
         if not stepping:
             return
-        if not isinstance(optimizer, torch.optim.AdamW) or len(stepping) != len(self.units):
-            raise UnsupportedOptimizerError("variant='row_wise' is for full fine-tuning with torch.optim.AdamW.")
+        whole = isinstance(optimizer, torch.optim.AdamW) and len(stepping) == len(self.units)
+        if not whole or world_size() > 1:
+            raise UnsupportedOptimizerError(
+                "variant='row_wise' is for full fine-tuning with torch.optim.AdamW in one process."
+            )
+        self._adopt_state(owned_groups(optimizer)[id(stepping[0])])
         counts = [len(_rows(param)) for param in stepping]
         masks = self._row_masks(optimizer, stepping, sum(counts)).split(counts)
         self._rows_saved = []
@@ -74,6 +80,8 @@ class RowWise(RoseSelector):
             fresh = torch.full_like(norms[0], 1 - optimizer.param_groups[0]["betas"][0])
             scores = selection.second_order_scores(norms[0], norms[1], fresh)
             second, _ = selection.quantile_band(scores, *band, norms[1] == 0)
+        if int(self.state.steps) < self.config.warmup_steps:
+            return torch.ones_like(first)
         if self.config.strategy == "ensemble":
             return selection.mix(first, second, self.config.gamma)
         return first if self.needs_risk_pass else second

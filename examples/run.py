@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from arguments import InputError, TrainArguments, reason
 from checkpoint import NOTE, open_run, whole_file, whole_folder, write_json
@@ -139,6 +140,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         RoseError: If ROSE cannot act.
     """
     folder = Path(args.output_dir)
+    AcceleratorState._reset_state()  # or a second run in this process would train in the precision of the first
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

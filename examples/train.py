@@ -36,7 +36,8 @@ def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
         folder = Path(args.output_dir) / ("plain" if strategy == "none" else strategy)
         # A demo killed in its first run has no second one to resume.
         resume = args.resume and (not results or (folder / NOTE).exists())
-        one = dataclasses.replace(args, strategy=strategy, output_dir=str(folder), resume=resume)
+        variant = args.variant if strategy != "none" else None
+        one = dataclasses.replace(args, strategy=strategy, variant=variant, output_dir=str(folder), resume=resume)
         results.append(train(one, text))
     return results
 

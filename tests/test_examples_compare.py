@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from rose_peft.robustness import Figure, RobustnessError, load_result
@@ -135,7 +136,8 @@ class Fake:
         folder = Path(args.output_dir)
         (folder / "model").mkdir(parents=True)
         best = {"epoch": 1, "clean": {"accuracy": self.clean[args.learning_rate]}}
-        known = {"best": best, "history": [], "steps": 1, "device": "cpu", "rose": None, "config": vars(args)}
+        options = {name: value for name, value in vars(args).items() if name not in run.NOT_DEFINING}
+        known = {"best": best, "history": [], "steps": 1, "device": "cpu", "rose": None, "config": options}
         (folder / "results.json").write_text(json.dumps(known))
 
     def measure(self, model_dir: Path, *arguments: Any) -> tuple[dict[str, Figure], dict[str, str]]:
@@ -230,6 +232,25 @@ def test_a_truncated_result_is_named_and_kept(
             {"methods": {"plain": {"strategy": "none"}, "x": {"search": {"learning_rate": [1e-3]}}}},
             "method 'x' searches 1 settings and the baseline 2",
         ),
+        ({"common": {"learning_rate": 7e-5}}, None),
+        (
+            {"methods": {"plain": {"strategy": "none", "learning_rate": 7e-5}}},
+            "learning_rate of 'plain' is 7e-05 and searched too",
+        ),
+        ({"search": {"learning_rate": 5e-5}}, "learning_rate=5e-05 in search of 'plain' must be a list"),
+        ({"search": {"learning_rate": [5e-5, 5e-5]}}, "must be a list of different values"),
+        ({"search": {"seed": [0, 1]}}, "'seed' is unknown in search of 'plain'"),
+        ({"methods": {"plain": {"search": {"gama": [0.1]}}}}, "'gama' is unknown in search of 'plain'"),
+        ({"methods": {"plain": {"search": None}}}, "search=None of 'plain' must be options"),
+        ({"methods": {"../plain": None}}, "method '../plain' names a folder"),
+        ({"methods": {1: None}}, "1 in methods must be a name"),
+        ({"methods": {"plain": 3}}, "'plain' in methods must be a name with options"),
+        ({"cost_rounds": 1}, "cost_rounds=1 must be 0, or at least 2"),
+        ({"cost_rounds": "x"}, "cost_rounds='x' must be a number"),
+        ({"evaluation": {"noise_rates": 0.3}}, "noise_rates=0.3 must be of type list[float]"),
+        ({"evaluation": {"noise_rates": [30]}}, "noise_rates=[30.0] must be numbers above 0 and at most 1"),
+        ({"evaluation": {"attack_examples": "many"}}, "attack_examples='many' must be of type int"),
+        ({"evaluation": {"probes": -1}}, "probes=-1 must be at least 0"),
         ({"evaluation": {"noise_kinds": ["typo"]}}, "'typo' is unknown in noise_kinds; did you mean typos?"),
         ({"evaluation": {"recipes": ["pwss"]}}, "'pwss' is unknown in recipes; did you mean pwws?"),
         ({"evaluation": {"probe": 1}}, "'probe' is unknown in evaluation; did you mean probes?"),
@@ -239,10 +260,16 @@ def test_a_bad_grid_is_one_line_before_anything_runs(
     inputs: dict[str, str],
     tmp_path: Path,
     changes: dict[str, Any],
-    message: str,
+    message: str | None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     grid = {**content(inputs), **changes}
+    if message is None:  # the search goes before what is common to all
+        options(inputs, tmp_path / "g", grid)
+        assert (
+            read_grid(tmp_path / "g" / "grid.yaml").candidates("sst2", "plain", 0)[0].options["learning_rate"] == 1e-3
+        )
+        return
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
@@ -255,6 +282,97 @@ def test_a_grid_that_is_none_is_one_line(tmp_path: Path, text: str | None) -> No
         (tmp_path / "grid.yaml").write_text(text)
     with pytest.raises(InputError, match="grid"):
         read_grid(tmp_path / "grid.yaml")
+
+
+def test_each_run_has_its_own_precision(inputs: dict[str, str], tmp_path: Path) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0)
+    grid["methods"] = {
+        "plain": {"strategy": "none", "mixed_precision": "bf16"},
+        "exact": {"strategy": "none", "mixed_precision": "no"},
+        "unsaid": {"strategy": "none"},
+    }
+    grid["evaluation"] = {"noise_rates": [], "recipes": [], "sharpness_examples": 0}
+    line = options(inputs, tmp_path / "g", grid)
+    assert compare.main(line) == 0
+    precisions, losses = {}, {}
+    for method in grid["methods"]:
+        (file,) = (tmp_path / "g" / "runs" / "sst2" / method).rglob("results.json")
+        results = json.loads(file.read_text())
+        precisions[method] = results["config"]["mixed_precision"]
+        losses[method] = results["history"][-1]["loss"]
+    assert precisions == {"plain": "bf16", "exact": "no", "unsaid": "no"}
+    assert losses["exact"] == losses["unsaid"] != losses["plain"]
+
+
+def test_a_step_is_timed_in_the_precision_of_training(inputs: dict[str, str], tmp_path: Path) -> None:
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        grid = content(inputs, search={})
+        grid["common"]["mixed_precision"] = precision
+        line = options(inputs, tmp_path / "g", grid)
+        (args,) = compare.HfArgumentParser(compare.CompareArguments).parse_args_into_dataclasses(line)
+        comparison = compare.Comparison(read_grid(tmp_path / "g" / "grid.yaml"), args)
+        seen = []
+        with torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: seen.append(output.dtype) if isinstance(module, torch.nn.Linear) else None  # noqa: B023
+        ):
+            comparison._stepper(comparison.grid.candidates("sst2", "ROSE", 0)[0])()
+        assert set(seen) == {dtype}
+
+
+def test_costs_of_other_settings_are_not_mixed_in_and_count_as_no_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    monkeypatch.setattr(compare.Comparison, "_stepper", lambda self, candidate: lambda: None)
+    grid = content(inputs, search={}, cost_rounds=2)
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--seeds", "1")) == 0
+    page = (tmp_path / "g" / "out" / "report.md").read_text()
+    assert "2 runs: 2 methods" in page and "| ROSE (1 seed) |" in page and "seeds 1." in page
+    grid["methods"]["ROSE"]["gamma"] = 0.1
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--seeds", "0")) == 1
+    assert "ROSE, cost: gamma=None in" in capsys.readouterr().err
+
+
+def test_any_error_is_named_and_the_others_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, {5e-5: 0.6})
+
+    def train(args: Any, text: None) -> None:
+        if args.strategy == "none":
+            raise MemoryError("no more")
+        fake.train(args, text)
+
+    monkeypatch.setattr(run, "train", train)
+    assert compare.main(options(inputs, tmp_path / "g", content(inputs, search={}, cost_rounds=0))) == 1
+    assert "sst2, plain, seed 1: MemoryError: no more" in capsys.readouterr().err
+    assert set(figures(tmp_path / "g")) == {"sst2/ROSE/seed0.json", "sst2/ROSE/seed1.json"}
+
+
+def test_what_cannot_be_measured_is_named_in_the_report_and_the_rest_is_kept(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"recipes": ["bae"], "sharpness_examples": 0}
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    found = load_result(tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.json")
+    assert "noise/typos@0.3/accuracy" in found.figures and not any("bae" in name for name in found.figures)
+    assert list(found.config["unavailable"]) == ["attacks"]
+    assert "attacks was not measured: " in (tmp_path / "g" / "out" / "report.md").read_text()
+    assert "attacks was not measured: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")
+def test_the_way_out_that_is_named_works(inputs: dict[str, str], tmp_path: Path) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"noise_rates": [], "sharpness_examples": 0}
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    grid["evaluation"]["attack_examples"] = 2
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    (tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.json").unlink()
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    found = figures(tmp_path / "g")["sst2/plain/seed0.json"]
+    assert found["attack/deepwordbug/accuracy_under_attack"].n == 2
 
 
 def test_only_what_is_asked_for_runs(

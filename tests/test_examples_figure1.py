@@ -32,7 +32,20 @@ def test_four_panels_in_one_command_and_again_without_training(
         "--overfit_epochs",
         "40",
     ]
-    line += ["--points", "3", "--num_examples", "8", "--probes", "1", "--learning_rate", "1e-3", "--max_length", "32"]
+    line += [
+        "--points",
+        "3",
+        "--num_examples",
+        "8",
+        "--probes",
+        "1",
+        "--learning_rate",
+        "1e-3",
+        "--max_length",
+        "32",
+        "--seed",
+        "3",
+    ]
     assert figure1.main(line) == 0
     surfaces = json.loads((tmp_path / "out" / "landscape" / "surfaces.json").read_text())
     assert list(surfaces) == ["before fine-tuning", "overfitted", "plain", "ROSE (ensemble)"]
@@ -49,4 +62,6 @@ def test_four_panels_in_one_command_and_again_without_training(
     assert figure1.main(line) == 0 and picture.exists()
     assert figure1.main([*line, "--learning_rate", "2e-3"]) == 2
     assert "learning_rate=0.002, but the run in" in capsys.readouterr().err
-    assert figure1.main([*line, "--strategy", "none"]) == 2
+    assert json.loads((tmp_path / "out" / "landscape" / "plain" / "sharpness.json").read_text())["seed"] == 3
+    for wrong in (("--strategy", "none"), ("--overwrite",), ("--train_file", "x.csv")):
+        assert figure1.main([*line, *wrong]) == 2

@@ -149,6 +149,7 @@ def test_grouping_by_length_keeps_every_example_and_the_last_batch_last(size: in
         ("--objective", "r_drop", "--strategy", "none"),
         ("--objective", "fgm", "--gradient_accumulation_steps", "2"),
         ("--strategy", "second_order", "--variant", "random", "--group_by_length"),
+        ("--strategy", "ensemble", "--variant", "row_wise"),
     ],
 )
 def test_baselines_train_and_resume_to_the_last_bit(
@@ -156,16 +157,23 @@ def test_baselines_train_and_resume_to_the_last_bit(
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert train.main(options(inputs, whole, *more, "--save_steps", "2")) == 0
-    save = run._save
+    save, write = run._save, run.write_json
 
     def save_and_die(*arguments: Any) -> None:
         save(*arguments)
+        raise Interrupted
+
+    def die(*arguments: Any) -> None:
         raise Interrupted
 
     monkeypatch.setattr(run, "_save", save_and_die)
     with pytest.raises(Interrupted):
         train.main(options(inputs, broken, *more, "--save_steps", "2"))
     monkeypatch.setattr(run, "_save", save)
+    monkeypatch.setattr(run, "write_json", die)
+    with pytest.raises(Interrupted):  # after the last checkpoint, before the results
+        train.main(options(inputs, broken, *more, "--save_steps", "2", "--resume"))
+    monkeypatch.setattr(run, "write_json", write)
     assert train.main(options(inputs, broken, *more, "--save_steps", "2", "--resume")) == 0
     assert_same_run(whole, broken)
     plain = tmp_path / "plain"

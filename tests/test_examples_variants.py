@@ -124,6 +124,11 @@ def _states(selector: RoseSelector, optimizer: torch.optim.Optimizer) -> dict[in
     return {id(p): p for p in params if p in optimizer.state}
 
 
+def test_row_wise_waits_for_the_warm_up() -> None:
+    assert masks_of(build("ensemble", "row_wise", warmup_steps=3))[:3].min() == 1
+    assert masks_of(build("ensemble", "row_wise", warmup_steps=3))[3:].min() < 1
+
+
 def test_row_wise_second_order_keeps_the_rows_whose_gradient_is_nearest_to_their_momentum() -> None:
     model, plain = build("second_order", "row_wise"), build("second_order", "row_wise", upper_quantile=1.0)
     for one in (model, plain):

@@ -143,6 +143,10 @@ def write_report(
                 lines += [f"![{_ALT[kind]}, {task}]({path.name})", ""]
         lines += _cost_table(of_task, methods)
     lines += _images(runs, folder, pictures, problems)
+    for run in runs:
+        lacks = run.result.config.get("unavailable")
+        for part, lack in lacks.items() if isinstance(lacks, dict) else []:
+            problems.append(f"{run.path}: {part} was not measured: {lack}")
     if problems:
         lines += ["## Left out", "", *(f"- {line}" for line in problems), ""]
     lines += ["## Versions", "", *_versions(results), ""]
@@ -185,9 +189,10 @@ def _methods(results: Sequence[Result], baseline: str, order: Sequence[str] = ()
 
 
 def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequence[str]) -> str:
-    seeds = sorted({result.seed for result in results})
+    measured = [result for result in results if result.figures]  # the others hold a cost and nothing else
+    seeds = sorted({result.seed for result in measured})
     return (
-        f"{len(results)} runs: {len(methods)} methods, {len(tasks)} tasks, seeds {', '.join(map(str, seeds))}. "
+        f"{len(measured)} runs: {len(methods)} methods, {len(tasks)} tasks, seeds {', '.join(map(str, seeds))}. "
         "Tables give mean ± standard deviation over training seeds, and the number of seeds where it differs from the "
         "most; accuracies and shares in per cent."
     )
@@ -233,8 +238,10 @@ def _row(cells: Iterable[str]) -> str:
 
 def _summary_table(results: Sequence[Result], methods: Sequence[str], names: Sequence[str]) -> list[str]:
     """One row per method, one column per figure."""
-    present = [method for method in methods if any(result.method == method for result in results)]
-    counts = {method: sum(result.method == method for result in results) for method in present}
+    counts = {
+        method: sum(result.method == method and bool(result.figures) for result in results) for method in methods
+    }
+    present = [method for method in methods if counts[method]]
     lines = [_row(["method", *map(_title, names)]), _row(["---"] + ["---:"] * len(names))]
     for method in present:
         cells = []
