@@ -8,6 +8,7 @@ from itertools import product
 STRATEGIES = ("first_order", "second_order", "ensemble")
 ENGINES = ("one", "ddp", "ddp_unused", "ddp_static", "fsdp2")  # "one" is a single process
 LOOPS = ("plain", "accelerate", "trainer")
+ELSEWHERE = ("sft", "lightning")  # loops of tests/test_loops.py, for one process: TRL's SFTTrainer, and Lightning
 PRECISIONS = ("float32", "bf16_autocast", "fp16_autocast", "bf16", "float64")
 RISK = ("first_order", "ensemble")
 
@@ -66,4 +67,6 @@ def _refused() -> list[Cell]:
 CELLS = [
     Cell(engine, loop, precision, strategy, obstacle=_obstacle(loop, precision))
     for engine, loop, precision, strategy in product(ENGINES, LOOPS, PRECISIONS, STRATEGIES)
-] + _refused()
+]
+CELLS += [Cell("one", loop, "float32", strategy) for loop, strategy in product(ELSEWHERE, STRATEGIES)]
+CELLS += _refused()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -18,8 +20,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from tests import test_loops
+from tests.distributed import worker
 from tests.distributed.as_gpus import pretend
-from tests.distributed.cells import Cell
+from tests.distributed.cells import ELSEWHERE, Cell
 from tests.distributed.worker import DDP_OPTIONS, RANK, WORLD, micro_batch, wrap
 
 STEPS, MICRO_BATCHES, SIZE = 4, 4, 2
@@ -47,6 +51,27 @@ def rows() -> list[dict[str, torch.Tensor]]:
     return [{name: tensor[row] for name, tensor in batch.items()} for batch in batches for row in range(SIZE)]
 
 
+def build(cell: Cell) -> nn.Module:
+    """The model that the cell trains, the same on every rank."""
+    special = {"sft": test_loops.causal, "lightning": test_loops.classifier}
+    return special.get(cell.loop, worker.build)(cell.strategy)
+
+
+def steps_of(cell: Cell) -> int:
+    """Optimizer steps that the cell takes."""
+    return test_loops.STEPS if cell.loop in ELSEWHERE else STEPS
+
+
+def elsewhere(model: nn.Module, cell: Cell) -> None:
+    """Loops that have their own tests, as they are there."""
+    loop = {"sft": test_loops.sft_loop, "lightning": test_loops.lightning_loop}[cell.loop]
+    with accelerate_state(cell.engine, mixed_precision(cell)), TemporaryDirectory() as folder:
+        try:
+            loop(model, Path(folder))
+        except pytest.skip.Exception as skipped:
+            raise CannotRunError(str(skipped)) from skipped
+
+
 def train(model: nn.Module, cell: Cell) -> None:
     """Train under the cell's engine, in its loop and precision."""
     weights = {"bf16": torch.bfloat16, "float64": torch.float64}.get(cell.precision, torch.float32)
@@ -54,7 +79,8 @@ def train(model: nn.Module, cell: Cell) -> None:
     if cell.loop in ("checkpointing", "reentrant"):
         model.enable_input_require_grads()  # without them reentrant checkpoints see no gradient at all
         model.gradient_checkpointing_enable({"use_reentrant": cell.loop == "reentrant"})
-    {"accelerate": accelerate_loop, "trainer": trainer_loop}.get(cell.loop, plain_loop)(model, cell)
+    loops = {"accelerate": accelerate_loop, "trainer": trainer_loop, **dict.fromkeys(ELSEWHERE, elsewhere)}
+    loops.get(cell.loop, plain_loop)(model, cell)
 
 
 def under(engine: str, model: nn.Module) -> nn.Module:

@@ -25,8 +25,8 @@ from transformers.utils import logging
 from rose_peft import get_selector
 from rose_peft.selector import RoseSelector
 from tests.distributed.cells import CELLS, Cell
-from tests.distributed.loops import train
-from tests.distributed.worker import RANK, WORLD, build
+from tests.distributed.loops import build, train
+from tests.distributed.worker import RANK, WORLD
 
 
 class Watch:
@@ -68,7 +68,7 @@ def run(cell: Cell) -> dict[str, Any]:
     """Train one cell and return what came of it."""
     result: dict[str, Any] = {"error": "", "masks": None}
     start = time.perf_counter()
-    model = build(cell.strategy)
+    model = build(cell)
     # The draws depend on the data alone, whatever loop draws in between.
     model.register_forward_pre_hook(
         lambda module, args, kwargs: torch.manual_seed(int(kwargs["input_ids"].sum())) and None, with_kwargs=True
