@@ -424,7 +424,7 @@ class RoseSelector:
 
     def _makes_state(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""
-        fresh = not self._called and not optimizer.state
+        fresh = not self._called and self._square_sum is None and not optimizer.state
         return fresh and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
 
     def _check_optimizer(
