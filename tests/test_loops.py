@@ -38,6 +38,19 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")
 STEPS, ACCUMULATION, SIZE = 5, 2, 4
 RATE, DECAY, CLIP = 1e-2, 0.1, 1.0
+TRAINER = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": SIZE,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "optim": "adamw_torch",
+    "learning_rate": RATE,
+    "weight_decay": DECAY,
+    "max_grad_norm": CLIP,
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
 Loop = Callable[[nn.Module, Path], None]
 
 
@@ -149,20 +162,7 @@ def accelerate_loop(model: nn.Module, folder: Path) -> None:
 
 
 def trainer_loop(model: nn.Module, folder: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        optim="adamw_torch",
-        learning_rate=RATE,
-        weight_decay=DECAY,
-        max_grad_norm=CLIP,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = TrainingArguments(output_dir=str(folder), **TRAINER)
     Trainer(model=model, args=arguments, train_dataset=InOrder()).train()
 
 
@@ -303,20 +303,7 @@ def sft_trainer(model: nn.Module, folder: Path, peft_config: Any = None, **optio
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="2")), pad_token="0", eos_token="1"
     )
-    arguments = trl.SFTConfig(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=SIZE,
-        gradient_accumulation_steps=ACCUMULATION,
-        optim="adamw_torch",
-        learning_rate=RATE,
-        weight_decay=DECAY,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        **options,
-    )
+    arguments = trl.SFTConfig(output_dir=str(folder), **TRAINER, **options)
     data = Dataset.from_list([{key: row[key].tolist() for key in row} for row in map(next_tokens, InOrder())])
     return trl.SFTTrainer(model, arguments, None, data.to_iterable_dataset(), None, tokenizer, peft_config=peft_config)
 
