@@ -145,7 +145,7 @@ class RoseSelector:
             The new selector; it knows the state that this one may have left in an optimizer as outgrown.
         """
         self.detach()
-        successor = RoseSelector(self.host, self.model, config)
+        successor = type(self)(self.host, self.model, config)
         successor._outgrown = [*self._outgrown, self.state.values]
         return successor
 
@@ -175,7 +175,7 @@ class RoseSelector:
         _track(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"_stepped_gradient": _GradientMark(), "_foreign_gradient": _GradientMark()}
+        fresh = {"_stepped_gradient": _GradientMark(), "_foreign_gradient": _GradientMark(), "_shards": {}}
         return {**self.__dict__, "_pending": None, "_optimizer": None, **fresh}
 
     # Units ----------------------------------------------------------------------------------------------------------

@@ -148,3 +148,11 @@ def test_row_wise_second_order_keeps_the_rows_whose_gradient_is_nearest_to_their
     assert scores[frozen].min() >= scores[~frozen].max() - 1e-6 and 0.2 < frozen.float().mean() < 0.4
     taken = torch.cat([(p == q).all(dim=1) for p, q in zip(params, weights, strict=True)])
     assert torch.equal(taken, ~frozen)  # rows that are not frozen took the step that they take when all do
+
+
+def test_another_adapter_is_steered_by_the_same_variant() -> None:
+    model = build("second_order", "random")
+    variant = type(get_selector(model))
+    model.add_adapter("two", ROSEConfig(task_type="SEQ_CLS", strategy="second_order", upper_quantile=0.4))
+    model.set_adapter("two")
+    assert type(get_selector(model)) is variant and get_selector(model).config.upper_quantile == 0.4
