@@ -15,8 +15,9 @@ from .errors import DataError, UnknownTaskError
 
 PathLike = str | os.PathLike[str]
 
-#: Columns in which annotated adversarial data say where an example came from, the most specific first.
-SOURCE_COLUMNS = ("method", "attack", "source", "data_construction")
+#: Columns in which AdvGLUE's annotated files say what made an example: the attack, else its level (word, sentence,
+#: human).
+SOURCE_COLUMNS = ("method", "data_construction")
 
 
 @dataclass(frozen=True)
@@ -185,15 +186,20 @@ def examples_from_columns(
     raw_labels = list(table[label_column])
     names = None if label_names is None else tuple(label_names)
     labels = [_label_number(label, names, name, label_column) for label in raw_labels]
-    source_column = next((column for column in SOURCE_COLUMNS if column in present), None)
+    source_columns = [table[column] for column in SOURCE_COLUMNS if column in present]
     return Examples(
         texts=tuple(zip(*(table[column] for column in text_columns), strict=True)),
         labels=tuple(labels),
         columns=tuple(text_columns),
         label_names=names,
-        sources=None if source_column is None else tuple(map(str, table[source_column])),
+        sources=tuple(map(_source, zip(*source_columns, strict=True))) if source_columns else None,
         name=name,
     )
+
+
+def _source(named: tuple[Any, ...]) -> str:
+    """Take the most specific name that is there; tables mark a missing one by None, NaN or nothing."""
+    return next((str(name) for name in named if name is not None and name == name and name != ""), "unnamed")
 
 
 def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: str) -> int:
@@ -324,8 +330,9 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
 
     Args:
         task: Name of the task.
-        data_dir: Folder with `adv_glue/adv_<task>/validation.parquet`, or with `adv_glue/dev.json` as AdvGLUE
-            publishes it; None for the hub.
+        data_dir: Folder with `adv_glue/adv_<task>/validation.parquet` as on the hub, or with one of the files that
+            AdvGLUE publishes itself: `adv_glue/dev_ann.json`, which names the attack behind each example, or
+            `adv_glue/dev.json`, which does not. None for the hub.
 
     Raises:
         UnknownTaskError: If the task is unknown or AdvGLUE has no counterpart of it.
@@ -340,8 +347,9 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
             "AI-Secure/adv_glue", layout.adv_config, "validation", layout.text_columns, label_names=layout.label_names
         )
     folder = Path(data_dir) / "adv_glue"
-    if (folder / "dev.json").is_file() and not (folder / layout.adv_config).is_dir():
-        return load_file(folder / "dev.json", layout.text_columns, label_names=layout.label_names, key=task)
+    for published in (folder / "dev_ann.json", folder / "dev.json"):
+        if published.is_file() and not (folder / layout.adv_config).is_dir():
+            return load_file(published, layout.text_columns, label_names=layout.label_names, key=task)
     path = _find(folder / layout.adv_config, ("validation", "dev"))
     return load_file(path, layout.text_columns, label_names=layout.label_names)
 

@@ -63,6 +63,23 @@ def test_adv_glue_loads_in_the_layout_it_is_published_in(tmp_path: Path) -> None
         load_adv_glue("qqp", tmp_path)
 
 
+def test_adv_glue_names_the_attacks_where_the_annotated_file_is_there(tmp_path: Path) -> None:
+    """The layout of AdvGLUE's dev_ann.json; it goes before dev.json, which says less about the same examples."""
+    (tmp_path / "adv_glue").mkdir()
+    pair = {"sentence1": "a", "sentence2": "b", "label": 0}
+    annotated = [
+        {**pair, "original_sentence1": "c", "method": "textbugger", "data_construction": "word"},
+        {**pair, "original_sentence1": "c", "method": None, "data_construction": "human"},
+        {**pair, "method": "", "data_construction": None},
+    ]
+    (tmp_path / "adv_glue" / "dev.json").write_text(json.dumps({"rte": [pair]}))
+    assert load_adv_glue("rte", tmp_path).sources is None
+    (tmp_path / "adv_glue" / "dev_ann.json").write_text(json.dumps({"rte": annotated}))
+    examples = load_adv_glue("rte", tmp_path)
+    assert examples.texts == (("a", "b"),) * 3
+    assert examples.sources == ("textbugger", "human", "unnamed")
+
+
 def test_the_shared_data_have_their_known_sizes(data: Path) -> None:
     sizes = [len(load(task, data)) for task in ("sst2", "rte") for load in (load_glue, load_adv_glue)]
     assert sizes == [872, 148, 277, 81]
