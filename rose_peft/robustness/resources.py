@@ -107,10 +107,14 @@ def hub_model(name: str) -> Resource:
 
 
 def tfhub_model(url: str, what: str) -> Resource:
-    """Describe a model of TensorFlow Hub, which its library keeps under a digest of its address."""
+    """Describe a model of TensorFlow Hub, which its library keeps under a digest of its address.
+
+    TextAttack has the models kept in its own cache where that is set and their place is not.
+    """
 
     def present() -> bool:
-        folder = os.environ.get("TFHUB_CACHE_DIR") or os.path.join(tempfile.gettempdir(), "tfhub_modules")
+        folder = os.environ.get("TFHUB_CACHE_DIR") or os.environ.get("TA_CACHE_DIR")
+        folder = folder or os.path.join(tempfile.gettempdir(), "tfhub_modules")
         return (Path(folder) / hashlib.sha1(url.encode()).hexdigest()).is_dir()
 
     return Resource(

@@ -4,7 +4,8 @@ On import TextAttack 0.3 runs a once-per-user "post-install" that downloads six 
 installed, a parser; without a network this prints pages of errors, or hangs until the connection times out. It then
 reads NLTK's list of stop words. Its WordNet transformation downloads another package each time one is made. None of
 these downloads is needed where the word lists are there. On the way TextAttack switches every existing logger off and
-flair switches every one on, also those that the user had switched off.
+flair switches every one on, also those that the user had switched off; and where TA_CACHE_DIR is set, TextAttack moves
+the caches of TensorFlow Hub and of the Hugging Face libraries there, also those that the user had placed elsewhere.
 """
 
 from __future__ import annotations
@@ -23,6 +24,14 @@ from .resources import NLTK_STOPWORDS, TEXTATTACK, package, textattack_cache
 _FLAIR = package("flair")
 # Under this name TextAttack 0.3 remembers that its post-install has run.
 _MARKER = "post_install_check_3"
+_SET_BY_TEXTATTACK = (
+    "TOKENIZERS_PARALLELISM",
+    "TFHUB_CACHE_DIR",
+    "PYTORCH_TRANSFORMERS_CACHE",
+    "HF_HOME",
+    "XDG_CACHE_HOME",
+    "WANDB_SILENT",
+)
 
 
 def import_textattack() -> ModuleType:
@@ -38,18 +47,24 @@ def import_textattack() -> ModuleType:
         if lack:
             raise MissingResourceError(f"TextAttack attacks need {lack}")
     loggers = {name: log.disabled for name, log in _loggers()}
-    parallelism = os.environ.get("TOKENIZERS_PARALLELISM")
+    environment = {name: os.environ.get(name) for name in _SET_BY_TEXTATTACK}
     try:
         with _post_install_done(), without_downloads():
             import textattack
     finally:
         for name, log in _loggers():
             log.disabled = loggers.get(name, False)
-        if parallelism is None:
-            os.environ.pop("TOKENIZERS_PARALLELISM", None)
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = parallelism
+        _restore(environment)
     return textattack
+
+
+def _restore(environment: dict[str, str | None]) -> None:
+    """Take back what TextAttack set, but for the place of TensorFlow Hub's models where the user named none."""
+    for name, value in environment.items():
+        if value is not None:
+            os.environ[name] = value
+        elif name != "TFHUB_CACHE_DIR":
+            os.environ.pop(name, None)
 
 
 def _loggers() -> list[tuple[str, logging.Logger]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
@@ -28,7 +29,7 @@ from rose_peft.robustness.errors import (
     UnknownRecipeError,
 )
 from rose_peft.robustness.predict import Predictor
-from rose_peft.robustness.resources import Resource
+from rose_peft.robustness.resources import Resource, tfhub_model
 from rose_peft.robustness.results import load_result
 
 from .conftest import REPOSITORY, KeywordModel, minilm, need_textattack, nltk_folder, tiny_bert
@@ -281,6 +282,21 @@ def test_what_an_attack_fetches_itself_is_no_lack_where_downloads_are_allowed() 
     assert recipe.lacks(allow_downloads=True) == ["the package: install it."]
     assert expand(["pwws", "offline"])[0] == "pwws"
     assert len(expand(["all", "offline"])) == len(RECIPES)
+
+
+def test_the_sentence_encoder_is_sought_where_textattack_has_it_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tfhub_model("https://tfhub.dev/x/1", "the encoder")
+    for name in ("own", "shared"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("TA_CACHE_DIR", str(tmp_path / "shared"))
+    monkeypatch.delenv("TFHUB_CACHE_DIR", raising=False)
+    assert not model.present()
+    (tmp_path / "shared" / hashlib.sha1(b"https://tfhub.dev/x/1").hexdigest()).mkdir()
+    assert model.present()
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "own"))
+    assert not model.present()
 
 
 def test_every_published_recipe_is_one_textattack_has(offline_textattack) -> None:
