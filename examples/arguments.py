@@ -117,7 +117,12 @@ class TrainArguments:
         },
     )
     r_drop_alpha: float = field(default=1.0, metadata={"help": "Weight of the divergence in r_drop."})
-    fgm_epsilon: float = field(default=1.0, metadata={"help": "Length of the shift of each example in fgm."})
+    fgm_epsilon: float = field(
+        default=0.2,
+        metadata={
+            "help": "Length of the shift of each example's embeddings in fgm; those of a word are about 1 long."
+        },
+    )
 
     # Training
     epochs: int = field(default=3, metadata={"help": "Passes over the training data."})

@@ -192,10 +192,15 @@ def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequ
     measured = [result for result in results if result.figures]  # the others hold a cost and nothing else
     seeds = sorted({result.seed for result in measured})
     return (
-        f"{len(measured)} runs: {len(methods)} methods, {len(tasks)} tasks, seeds {', '.join(map(str, seeds))}. "
+        f"{_count(measured, 'run')}: {_count(methods, 'method')}, {_count(tasks, 'task')}, "
+        f"seeds {', '.join(map(str, seeds))}. "
         "Tables give mean ± standard deviation over training seeds, and the number of seeds where it differs from the "
         "most; accuracies and shares in per cent."
     )
+
+
+def _count(things: Sequence[Any], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def _in_table(name: str) -> bool:
@@ -224,8 +229,10 @@ def _scale(name: str) -> float:
 
 
 def _number(value: float, name: str, sign: str = "") -> str:
-    """Format a figure that is scaled already: one decimal for per cent, three digits for the rest."""
-    return f"{value:{sign}.1f}" if _scale(name) == 100.0 else f"{value:{sign}.3g}"
+    """Format a figure that is scaled already: one decimal for per cent, at least three digits for the rest."""
+    if _scale(name) == 100.0:
+        return f"{value:{sign}.1f}"
+    return f"{value:{sign}.0f}" if abs(value) >= 100 else f"{value:{sign}.3g}"
 
 
 def _title(name: str) -> str:

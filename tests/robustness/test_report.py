@@ -130,6 +130,14 @@ def test_the_page_has_the_right_numbers(tmp_path: Path) -> None:
     assert {picture.name for picture in report.pictures} == {"report_sst2_scatter.png", "report_sst2_noise.png"}
 
 
+def test_large_figures_are_written_out(tmp_path: Path) -> None:
+    result(hessian_trace=1478.6).save(tmp_path / "plain.json")
+    result("rose", hessian_trace=1900.2).save(tmp_path / "rose.json")
+    page = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert "| 1479 |" in page and "| 1900 |" in page and "| +422 (1) |" in page
+    assert page.splitlines()[2].startswith("2 runs: 2 methods, 1 task, seeds 0.")
+
+
 def test_few_seeds_are_shown_but_never_emphasised(tmp_path: Path) -> None:
     for seed in range(3):
         result("plain", seed, adv_glue__accuracy=0.3).save(tmp_path / f"p{seed}.json")
