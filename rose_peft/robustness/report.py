@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .equal_clean import Course, difference_at_equal_clean, plot_courses, read_course
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
 from .noise import plot_curves
@@ -132,10 +133,16 @@ def write_report(
         details = [name for name in names if name.endswith(_DETAILS)]
         lines += [f"## {task}", "", *_summary_table(of_task, methods, main), ""]
         lines += _difference_table(of_task, methods, baseline, main)
+        courses = _courses([run.result for run in runs if run.result.task == task], methods)
+        lines += _equal_clean_table(courses, baseline)
         if details:
             lines += ["Details:", "", *_summary_table(of_task, methods, details), ""]
-        for kind, plot in (("scatter", _plot_scatter), ("noise", _plot_noise)):
-            picture = plot(of_task, methods, task)
+        drawn = {
+            "scatter": _plot_scatter(of_task, methods, task),
+            "course": plot_courses(courses, f"{_ALT['course']}, {task}") if courses else None,
+            "noise": _plot_noise(of_task, methods, task),
+        }
+        for kind, picture in drawn.items():
             if picture is not None:
                 path = folder / f"report_{_slug(task)}_{kind}.png"
                 picture.savefig(path, dpi=150)
@@ -157,7 +164,11 @@ def write_report(
     return Report(page, results, problems, pictures)
 
 
-_ALT = {"scatter": "Clean against robust accuracy", "noise": "Accuracy under noise"}
+_ALT = {
+    "scatter": "Clean against robust accuracy",
+    "course": "Clean and robust accuracy after each epoch of each run",
+    "noise": "Accuracy under noise",
+}
 
 
 def _merge(runs: Sequence[_Run], problems: list[str]) -> list[Result]:
@@ -321,6 +332,44 @@ def _difference_table(
         "",
         _row(["method", *(_title(name).replace("(%)", "(points)") for name in names)]),
         _row(["---"] + ["---:"] * len(names)),
+        *rows,
+        "",
+    ]
+
+
+def _courses(results: Sequence[Result], methods: Sequence[str]) -> dict[str, Course]:
+    """Gather the accuracies after each epoch, of the methods whose runs wrote them down."""
+    courses: dict[str, dict[int, list[tuple[float, float]]]] = {method: {} for method in methods}
+    for result in results:
+        course = read_course(result.config.get("history"))
+        if course:
+            courses[result.method].setdefault(result.seed, course)
+    return {method: course for method, course in courses.items() if course}
+
+
+def _equal_clean_table(courses: Mapping[str, Course], baseline: str) -> list[str]:
+    if baseline not in courses or len(courses) < 2:
+        return []
+    rows = []
+    for method in courses:
+        if method == baseline:
+            continue
+        interval = difference_at_equal_clean(courses[method], courses[baseline])
+        count = len(set(courses[method]) & set(courses[baseline]))
+        if interval is None:
+            cell = "not comparable"
+        else:
+            value, low, high = (f"{100 * part:+.1f}" for part in interval)
+            cell = value + (f" [{low}, {high}]" if count > 1 else "")
+            excludes_zero = count >= _FEW and (interval.low > 0 or interval.high < 0)
+            cell = f"**{cell}** ({count})" if excludes_zero else f"{cell} ({count})"
+        rows.append(_row([method, cell]))
+    return [
+        f"Difference to {baseline} in robust accuracy at equal clean accuracy, from both accuracies after each epoch: "
+        "one line per method with a common slope, where their clean accuracies overlap; intervals as above.",
+        "",
+        _row(["method", "robust accuracy (points)"]),
+        _row(["---", "---:"]),
         *rows,
         "",
     ]
