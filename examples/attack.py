@@ -68,6 +68,10 @@ def measure_speed(args: AttackArguments, data: DataArguments, run: RunArguments)
     """Print examples per second of each recipe through both wrappers."""
     from rose_peft.robustness.attack_speed import compare_wrappers
 
+    given = {"bf16": run.bf16, "max_length": run.max_length, "allow_downloads": args.allow_downloads}
+    for name, value in given.items():
+        if value:
+            raise RobustnessError(f"{name}={value}: TextAttack's wrapper has no such option; leave it out of --speed.")
     examples = data.load()
     model, tokenizer = run.load(str(args.model), data.classes(examples))
     speeds = compare_wrappers(

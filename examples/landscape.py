@@ -103,16 +103,28 @@ def main(argv: list[str] | None = None) -> int:
     args, data, run = parser.parse_args_into_dataclasses(argv)
     folder = Path(args.output_dir)
     surfaces: dict[str, Surface] = {}
+    code = 0
     try:
-        for name, path in named(args.models).items():
-            surfaces[name] = measure(name, path, args, data, run)
-            # After each model, so that a run that is stopped has left something.
-            write_json(folder / "surfaces.json", {key: dataclasses.asdict(value) for key, value in surfaces.items()})
-        plot_surfaces(surfaces, folder / "landscape.png", f"Loss landscape, {data.task or 'own data'}", args.ceiling)
+        models = named(args.models)
+        data.load()  # what is wrong with the data is wrong for all models
     except RobustnessError as error:
         return fail(error)
-    print(f"\nlandscape.png, surfaces.json and a sharpness.json per model: {folder}")
-    return 0
+    for name, path in models.items():
+        try:
+            surfaces[name] = measure(name, path, args, data, run)
+        except RobustnessError as error:
+            code = fail(RobustnessError(f"{name}: {error}"))
+            continue
+        # After each model, so that a run that is stopped has left something.
+        write_json(folder / "surfaces.json", {key: dataclasses.asdict(value) for key, value in surfaces.items()})
+    if surfaces:
+        title = f"Loss landscape, {data.task or 'own data'}"
+        try:
+            plot_surfaces(surfaces, folder / "landscape.png", title, args.ceiling)
+        except RobustnessError as error:
+            return fail(error)
+        print(f"\nlandscape.png, surfaces.json and a sharpness.json per model: {folder}")
+    return code
 
 
 if __name__ == "__main__":

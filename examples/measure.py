@@ -10,9 +10,11 @@ from grid import Evaluation
 
 from rose_peft.robustness import (
     AttackReport,
+    DataError,
     Examples,
     Figure,
     MissingResourceError,
+    ModelError,
     Predictor,
     ResumeError,
     classification_batches,
@@ -56,7 +58,11 @@ def measure(
     figures = {"clean/accuracy": share_figure(clean)}
     unavailable: dict[str, str] = {}
     if get_task(task).adv_config is not None:
-        figures |= evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, clean=examples, **options).figures()
+        try:
+            found = evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, clean=examples, **options)
+            figures |= found.figures()
+        except DataError as error:
+            unavailable["AdvGLUE"] = str(error)
     if settings.noise_rates:
         kinds = settings.noise_kinds or None
         try:
@@ -73,7 +79,7 @@ def measure(
             # Their clean accuracy is one of a sample; the one of the whole set is there already.
             figures |= {name: figure for name, figure in attacks.figures().items() if name.startswith("attack/")}
             unavailable |= {f"attack {name}": lack for name, lack in attacks.unavailable.items()}
-        except MissingResourceError as error:
+        except (MissingResourceError, ModelError) as error:
             unavailable["attacks"] = str(error)
     if settings.sharpness_examples:
         figures |= _sharpness(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -360,6 +361,20 @@ def test_what_cannot_be_measured_is_named_in_the_report_and_the_rest_is_kept(
     assert list(found.config["unavailable"]) == ["attacks"]
     assert "attacks was not measured: " in (tmp_path / "g" / "out" / "report.md").read_text()
     assert "attacks was not measured: " in capsys.readouterr().err
+
+
+def test_data_without_adv_glue_cost_the_other_figures_nothing(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(Path(inputs["data"]) / "glue", tmp_path / "data" / "glue")
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"recipes": [], "sharpness_examples": 0}
+    there = {**inputs, "data": str(tmp_path / "data")}
+    assert compare.main(options(there, tmp_path / "g", grid)) == 0
+    found = load_result(tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.json")
+    assert {"clean/accuracy", "noise/mean/accuracy"} <= set(found.figures)
+    assert "holds none of validation.parquet" in found.config["unavailable"]["AdvGLUE"]
+    assert "AdvGLUE was not measured: " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")

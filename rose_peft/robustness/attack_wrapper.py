@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import ModelError, RobustnessError, one_line
 from .predict import Predictor, Text, evaluating, model_device
 from .textattack_offline import import_textattack
 
@@ -34,9 +35,26 @@ class ClassifierWrapper(ModelWrapper):
         self.max_length = predictor.max_length
 
     def __call__(self, text_input_list: Sequence[Text]) -> Tensor:
-        """Return class probabilities in float32 on the CPU, of shape `[texts, classes]`."""
+        """Return class probabilities in float32 on the CPU, of shape `[texts, classes]`.
+
+        Raises:
+            ModelError: If the model fails on the texts, or its scores are not finite.
+        """
+        try:
+            logits = self.predictor(text_input_list)
+        except (RobustnessError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # told apart from the attack's own errors, which say something about the example
+            raise ModelError(
+                f"model: {type(self.model).__name__} fails on texts like {text_input_list[0]!r} ({one_line(error)})."
+            ) from error
+        if not logits.isfinite().all():
+            raise ModelError(
+                f"model: {type(self.model).__name__} gives scores that are not finite for texts like "
+                f"{text_input_list[0]!r}; did its training diverge?"
+            )
         # In double precision, since TextAttack checks that each row sums to 1 within 1e-6.
-        return self.predictor(text_input_list).double().softmax(dim=1).float()
+        return logits.double().softmax(dim=1).float()
 
     def get_grad(self, text_input: Text) -> dict[str, Any]:
         """Return the gradient of the loss at the predicted class with respect to the token embeddings.

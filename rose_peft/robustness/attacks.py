@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,14 @@ from torch import nn
 from .attack_recipes import Recipe, build_attack, expand, get_recipe
 from .attack_records import Record, RecordLog
 from .data import Examples, PathLike
-from .errors import MissingResourceError, RobustnessError, UnknownRecipeError
+from .errors import (
+    MissingResourceError,
+    ModelError,
+    ResumeError,
+    RobustnessError,
+    UnknownRecipeError,
+    one_line,
+)
 from .predict import Predictor, evaluating
 from .results import Figure, Result, mean_figure, share_figure
 from .seeding import generators_kept, seed_all, seed_from
@@ -30,7 +38,7 @@ class RecipeResult:
     """What one attack did to one model.
 
     Accuracies and shares are fractions with 95 % intervals: Wilson for shares of examples, bootstrap for means. An
-    example on which the attack itself broke counts nowhere but in `errors`.
+    example on which the attack itself broke counts in `clean_accuracy` and `errors`, and nowhere else.
 
     Args:
         recipe: Name of the attack.
@@ -58,7 +66,7 @@ class RecipeResult:
         successes = [record for record in attacked if record.result == "success"]
         return cls(
             recipe=recipe,
-            clean_accuracy=share_figure([record.result != "skipped" for record in whole]),
+            clean_accuracy=share_figure([record.original_prediction == record.label for record in records]),
             accuracy_under_attack=share_figure([record.result == "failed" for record in whole]),
             success_rate=share_figure([record.result == "success" for record in attacked]),
             words_changed=mean_figure([record.words_changed / max(record.words, 1) for record in successes]),
@@ -81,7 +89,7 @@ class AttackReport:
     """What all attacks did to one model.
 
     Args:
-        results: Recipe -> its result.
+        results: Recipe -> its result, also of recipes that an earlier call with the same settings left in the folder.
         unavailable: Recipe -> what it needs, for those that could not run.
         output_dir: Folder with `examples.csv`, `examples.parquet`, `summary.json` and the records.
     """
@@ -151,6 +159,7 @@ def run_attacks(
         UnknownRecipeError: If no recipe of the names given exists.
         LabelMismatchError: If the model's classes are not the data's labels.
         ResumeError: If `output_dir` holds records of another run.
+        ModelError: If the model fails; what was attacked until then is kept.
     """
     if query_budget is not None and query_budget < 2:
         raise RobustnessError(f"query_budget={query_budget}: one query reads the original, so at least 2 are needed.")
@@ -168,6 +177,9 @@ def run_attacks(
     run = {
         "data": sample.fingerprint(),
         "model": model_fingerprint(model),
+        "model_config": _config_fingerprint(model),
+        "tokenizer": _tokenizer_fingerprint(predictor, sample),
+        "label_order": predictor.order,
         "max_length": predictor.max_length,
         "bf16": predictor.bf16,
         "seed": seed,
@@ -180,6 +192,7 @@ def run_attacks(
             with RecordLog(folder / "records" / f"{name}.jsonl", {"recipe": name, **run}, overwrite) as log:
                 _attack_all(attack, sample, name, seed, log, progress)
                 records[name] = [log.records[index] for index in sample.indices]
+    records |= _earlier_records(folder / "records", run, sample, set(records))
     results = {name: RecipeResult.of(name, kept) for name, kept in records.items()}
     for name, result in results.items():
         if result.errors:
@@ -219,23 +232,42 @@ def _prepare(
         try:
             attacks[name] = build_attack(recipe, wrapper, query_budget, predictor.batch_size, allow_downloads)
         except Exception as error:  # a failed download or a broken cache stops this recipe, not the others
-            unavailable[name] = f"cannot be built: {_one_line(error)}"
+            unavailable[name] = f"cannot be built: {one_line(error)}"
     return attacks, unavailable
 
 
 def _attack_all(attack: Any, sample: Examples, recipe: str, seed: int, log: RecordLog, progress: bool) -> None:
-    """Attack every example that has no record yet."""
+    """Attack every example that has no record yet, and again where the attack broke: the cause may be gone."""
     from tqdm.auto import tqdm
 
     bar = tqdm(total=len(sample), desc=recipe, disable=not progress)
     with bar:
         for text, label, index in zip(sample.texts, sample.labels, sample.indices, strict=True):
-            if index not in log.records:
+            known = log.records.get(index)
+            if known is None or known.result == "error":
                 # Every example starts from the same state, so that what came before it cannot matter.
                 seed_all(seed_from(seed, recipe, index))
                 attack.clear_cache()
-                log.append(attack_one(attack, sample.columns, text, label, index))
+                record = attack_one(attack, sample.columns, text, label, index)
+                if record != known:
+                    log.append(record)
             bar.update()
+
+
+def _earlier_records(folder: Path, run: dict[str, Any], sample: Examples, done: set[str]) -> dict[str, list[Record]]:
+    """Return the complete records of other recipes that an earlier call with the same settings left."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.stem in done:
+            continue
+        try:
+            with RecordLog(path, {"recipe": path.stem, **run}) as log:
+                kept = [log.records[index] for index in sample.indices if index in log.records]
+        except ResumeError:  # of other settings, or being written by another process
+            continue
+        if len(kept) == len(sample):
+            found[path.stem] = kept
+    return found
 
 
 def attack_one(attack: Any, columns: Sequence[str], text: Sequence[str], label: int, index: int) -> Record:
@@ -247,31 +279,24 @@ def attack_one(attack: Any, columns: Sequence[str], text: Sequence[str], label: 
         text: One text per column.
         label: The label number.
         index: Position of the example in its data set.
+
+    Raises:
+        ModelError: If the model fails.
     """
     original = dict(zip(columns, text, strict=True))
+    results = {"SkippedAttackResult": "skipped", "SuccessfulAttackResult": "success", "FailedAttackResult": "failed"}
     try:
         result = attack.attack(OrderedDict(original), label)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # says something about the machine and nothing about the example
+        kind = type(result).__name__
+        if kind not in results:
+            raise RuntimeError(f"{kind}: this goal has no success or failure")
+    except (ModelError, torch.OutOfMemoryError, MemoryError):
+        raise  # says something about the model or the machine and nothing about the example
     except Exception as error:
-        return Record(index, original, original, label, None, None, "error", 0, 0, 0, _one_line(error))
+        scores = attack.goal_function.model([text[0] if len(text) == 1 else tuple(text)])
+        before = int(torch.as_tensor(scores)[0].argmax())
+        return Record(index, original, original, label, before, None, "error", 0, 0, 0, one_line(error))
     before, after = result.original_result, result.perturbed_result
-    kind = type(result).__name__
-    results = {"SkippedAttackResult": "skipped", "SuccessfulAttackResult": "success", "FailedAttackResult": "failed"}
-    if kind not in results:
-        return Record(
-            index,
-            original,
-            original,
-            label,
-            None,
-            None,
-            "error",
-            0,
-            0,
-            0,
-            f"{kind}: this goal has no success or failure",
-        )
     return Record(
         index=index,
         original=original,
@@ -296,6 +321,45 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _config_fingerprint(model: nn.Module) -> str:
+    """Digest what decides the outputs besides weights: the configuration, and the adapters with theirs."""
+    config: Any = getattr(model, "config", None)
+    adapters = {name: adapter.to_dict() for name, adapter in getattr(model, "peft_config", {}).items()}
+    active: Any = getattr(model, "active_adapters", None) if adapters else None
+    return _digest(
+        {
+            "config": config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", None),
+            "adapters": adapters,
+            "active": active() if callable(active) else active,
+        }
+    )
+
+
+def _tokenizer_fingerprint(predictor: Predictor, sample: Examples) -> str:
+    """Digest the vocabulary, and the sample as the model gets to see it."""
+    tokens = [predictor.encode([text])["input_ids"][0].tolist() for text in sample.texts]
+    return _digest([sorted(predictor.tokenizer.get_vocab().items()), tokens])
+
+
+# Where a model was loaded from, and by what, decides nothing.
+_NO_SETTINGS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(_plain(content)).encode(), digest_size=8).hexdigest()
+
+
+def _plain(content: Any) -> Any:
+    """Write settings in one way only, whatever the order of their sets and dicts."""
+    if isinstance(content, dict):
+        return sorted((str(key), _plain(value)) for key, value in content.items() if key not in _NO_SETTINGS)
+    if isinstance(content, set | frozenset):
+        return sorted(map(str, content))
+    if isinstance(content, list | tuple):
+        return [_plain(value) for value in content]
+    return content if isinstance(content, int | float | str | None) else str(content)
+
+
 def _write_table(records: dict[str, list[Record]], sample: Examples, folder: Path) -> None:
     """Write all records as one table, with one column per text column."""
     import pandas
@@ -316,11 +380,6 @@ def _write_table(records: dict[str, list[Record]], sample: Examples, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "examples.csv", index=False)
     table.to_parquet(folder / "examples.parquet", index=False)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def describe(recipe: Recipe) -> str:

@@ -35,3 +35,9 @@ class ResumeError(RobustnessError):
 
 class ResultFileError(RobustnessError):
     """A result file is truncated, or was not written by this version of the kit."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -219,14 +220,19 @@ def worst_loss(
         for _ in range(ascent_steps):
             move(weights, originals, [(1.0, offset)])
             here, gradient = mean_gradient(model, batches, loss, weights)
-            highest = max(highest, here)
+            highest = _higher(highest, here)
             offset = [
                 _within(part + _of_length(slope, radius), radius)
                 for part, slope, radius in zip(offset, gradient, radii, strict=True)
             ]
         move(weights, originals, [(1.0, offset)])
-        highest = max(highest, mean_loss(model, batches, loss))
+        highest = _higher(highest, mean_loss(model, batches, loss))
     return Sharpness(start, highest, epsilon)
+
+
+def _higher(loss: float, other: float) -> float:
+    """Return the higher loss; one that is no number any more is as high as can be."""
+    return max(loss, other) if math.isfinite(loss) and math.isfinite(other) else math.inf
 
 
 def _of_length(direction: Tensor, length: Tensor) -> Tensor:
@@ -299,7 +305,8 @@ def hessian_trace(
                     )
                 count += losses.numel()
             values.append(total / count)
-    return mean_figure(values)
+    # A loss that is no number has no curvature to speak of.
+    return mean_figure(values) if all(map(math.isfinite, values)) else Figure(None, len(values))
 
 
 def _need_batches(batches: Sequence[Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -24,6 +27,7 @@ from rose_peft.robustness.data import Examples
 from rose_peft.robustness.errors import (
     LabelMismatchError,
     MissingResourceError,
+    ModelError,
     ResumeError,
     RobustnessError,
     UnknownRecipeError,
@@ -44,6 +48,7 @@ ROWS = [
 DATA = Examples(
     tuple((text,) for text, _ in ROWS), tuple(label for _, label in ROWS), columns=("sentence",), name="toy"
 )
+NAMED = dataclasses.replace(DATA, label_names=("negative", "positive"))
 
 
 def attack(
@@ -193,10 +198,72 @@ def test_records_of_another_run_are_not_continued(offline_textattack, tokenizer,
     attack(tiny_bert(tokenizer, seed=1), tokenizer, tmp_path, overwrite=True)
 
 
+def test_what_decides_outcomes_besides_weights_is_part_of_the_run(
+    offline_textattack, tokenizer, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny_bert(tokenizer), LoraConfig(target_modules=["query"], lora_alpha=1, init_lora_weights=False)
+    )
+    attack(model, tokenizer, tmp_path)
+    attack(model, tokenizer, tmp_path)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["thrilling"])
+    with pytest.raises(ResumeError, match="tokenizer was"):
+        attack(model, other, tmp_path)
+    model.peft_config["default"].lora_alpha = 400
+    with pytest.raises(ResumeError, match="model_config was"):
+        attack(model, tokenizer, tmp_path)
+    keyword = KeywordModel(tokenizer)
+    attack(keyword, tokenizer, tmp_path / "keyword", data=NAMED)
+    keyword.config.id2label = {0: "positive", 1: "negative"}
+    with pytest.raises(ResumeError, match=r"label_order was .* and is \[1, 0\]"):
+        attack(keyword, tokenizer, tmp_path / "keyword", data=NAMED)
+
+
+def test_recipes_of_an_earlier_call_stay_in_the_summary(offline_textattack, tokenizer, tmp_path: Path) -> None:
+    model = KeywordModel(tokenizer)
+    attack(model, tokenizer, tmp_path, ("deepwordbug",))
+    first = load_result(tmp_path / "summary.json").figures
+    report = attack(model, tokenizer, tmp_path, ("bad-characters",))
+    assert sorted(report.results) == ["bad-characters", "deepwordbug"]
+    summary = load_result(tmp_path / "summary.json")
+    assert first.items() <= summary.figures.items()
+    assert set(pandas.read_csv(tmp_path / "examples.csv")["recipe"]) == {"bad-characters", "deepwordbug"}
+    # Those of another budget are of another run.
+    report = attack(model, tokenizer, tmp_path, ("wordnet",), query_budget=50)
+    assert list(report.results) == ["wordnet"]
+
+
+class BrokenModel(KeywordModel):
+    """Fails where it sees the word "plot", as a model does that lacks memory or a padding token."""
+
+    def forward(self, input_ids: torch.Tensor, **named: Any) -> Any:
+        if (input_ids == self.plot).any():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nand more")
+        return super().forward(input_ids, **named)
+
+
+def test_a_failing_model_is_an_error_and_no_outcome(offline_textattack, tokenizer, tmp_path: Path) -> None:
+    broken = BrokenModel(tokenizer)
+    broken.plot = tokenizer.convert_tokens_to_ids("plot")
+    with pytest.raises(ModelError, match=r"BrokenModel fails on texts like '.*plot.*can't allocate memory\)\.$"):
+        attack(broken, tokenizer, tmp_path / "cut")
+    assert [Record(**json.loads(line)).index for line in lines(tmp_path / "cut")[1:]] == [0]
+    attack(KeywordModel(tokenizer), tokenizer, tmp_path / "cut")
+    attack(KeywordModel(tokenizer), tokenizer, tmp_path / "whole")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    diverged = KeywordModel(tokenizer)
+    diverged.scale.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="scores that are not finite for texts like 'the story was good'"):
+        attack(diverged, tokenizer, tmp_path / "diverged")
+
+
 def record(index: int, result: str = "failed", **changes: Any) -> Record:
     content = {"a": "x y z"}
-    settings = {"queries": 5, "words": 3, "words_changed": 1} | changes
-    return Record(index, content, content, 1, 1, 1, result, **settings)
+    settings = {"original_prediction": 1, "perturbed_prediction": 1, "queries": 5, "words": 3, "words_changed": 1}
+    return Record(index, content, content, 1, result=result, **(settings | changes))
 
 
 def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
@@ -217,13 +284,15 @@ def test_damage_before_the_last_line_is_named(tmp_path: Path) -> None:
 
 
 def test_examples_the_attack_breaks_on_are_counted_apart() -> None:
-    records = [record(0), record(1, "success"), record(2, "skipped"), record(3, "error", queries=0, words=0)]
+    broken = record(3, "error", queries=0, words=0, perturbed_prediction=None)
+    records = [record(0), record(1, "success"), record(2, "skipped", original_prediction=0), broken]
     result = RecipeResult.of("x", records)
-    assert (result.clean_accuracy.value, result.clean_accuracy.n) == (pytest.approx(2 / 3), 3)
+    # The model was right on the example on which the attack broke.
+    assert (result.clean_accuracy.value, result.clean_accuracy.n) == (0.75, 4)
     assert result.accuracy_under_attack.value == pytest.approx(1 / 3)
     assert result.success_rate.value == 0.5
     assert result.errors == 1
-    nothing = RecipeResult.of("x", [record(0, "skipped")])
+    nothing = RecipeResult.of("x", [record(0, "skipped", original_prediction=0)])
     assert nothing.success_rate.value is None and nothing.queries.value is None
 
 
@@ -244,6 +313,12 @@ def test_a_broken_example_stops_nothing(
     assert report.records["deepwordbug"][3].error == "IndexError: list index out of range"
     assert said == ["recipe deepwordbug broke on 1 of 5 examples; see their column error."]
     assert pandas.read_csv(tmp_path / "examples.csv")["result"].tolist()[3] == "error"
+    assert report.results["deepwordbug"].clean_accuracy.n == 5
+    broken = lines(tmp_path)
+    attack(KeywordModel(tokenizer), tokenizer, tmp_path, report=said.append)
+    assert lines(tmp_path) == broken  # broke again, and is not written down twice
+    monkeypatch.undo()
+    assert attack(KeywordModel(tokenizer), tokenizer, tmp_path).results["deepwordbug"].errors == 0
 
 
 def test_what_cannot_run_is_named_before_anything_runs(
@@ -352,7 +427,6 @@ def test_wrapper_gradients_are_those_at_the_embeddings(offline_textattack, token
 
 def test_both_wrappers_are_timed_side_by_side(offline_textattack, tokenizer) -> None:
     from rose_peft.robustness.attack_speed import compare_wrappers
-    from rose_peft.robustness.errors import ModelError
 
     (speed,) = compare_wrappers(tiny_bert(tokenizer), tokenizer, DATA, ["deepwordbug"])
     assert speed.recipe == "deepwordbug" and speed.same_results == 1.0

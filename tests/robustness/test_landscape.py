@@ -126,6 +126,25 @@ def test_worst_loss_does_not_depend_on_a_tensors_scale() -> None:
     assert one.increase == pytest.approx(ten.increase, rel=0.02)
 
 
+def test_a_loss_that_blows_up_inside_the_ball_is_the_worst() -> None:
+    class Wall(nn.Module):
+        """Loss -log(1.02 - w) at w = 1: no number from 1.02 on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1, 1))
+
+        def forward(self) -> torch.Tensor:
+            return -torch.log(1.02 - self.w[0, 0])
+
+    assert worst_loss(Wall(), [None], value, epsilon=0.05).worst_loss == math.inf
+    assert worst_loss(Wall(), [None], value, epsilon=0.01).worst_loss == pytest.approx(-math.log(0.01), rel=1e-3)
+    diverged = Wall()
+    diverged.w.data.fill_(float("nan"))
+    assert worst_loss(diverged, [None], value).worst_loss == math.inf
+    assert hessian_trace(diverged, [None], value, probes=2).value is None
+
+
 def test_every_tensor_stays_in_its_own_ball() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -123,7 +123,23 @@ def test_a_folder_without_a_model_is_one_line(sst2: Path, tmp_path: Path, capsys
     command = ["--models", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--task", "sst2"]
     assert script("landscape").main([*command, "--data_dir", str(sst2)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith(f"error: model='{tmp_path}' cannot be loaded as a sequence classifier")
+    assert f"model='{tmp_path}' cannot be loaded as a sequence classifier" in error
+
+
+def test_one_model_that_is_missing_costs_the_others_nothing(model: Path, sst2: Path, tmp_path: Path, capsys) -> None:
+    command = ["--models", f"gone={tmp_path / 'gone'}", f"good={model}", "--output_dir", str(tmp_path / "out")]
+    command += ["--task", "sst2", "--data_dir", str(sst2), "--points", "3", "--probes", "0", "--ascent_steps", "1"]
+    assert script("landscape").main([*command, "--dimensions", "1"]) == 2
+    assert f"error: gone: model='{tmp_path / 'gone'}' cannot be loaded" in capsys.readouterr().err
+    assert list(json.loads((tmp_path / "out" / "surfaces.json").read_text())) == ["good"]
+    assert (tmp_path / "out" / "landscape.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("option", [["--bf16"], ["--max_length", "20"], ["--allow_downloads"]])
+def test_speed_refuses_what_it_cannot_heed(option: list[str], model: Path, sst2: Path, capsys) -> None:
+    command = ["--model", str(model), "--task", "sst2", "--data_dir", str(sst2), "--speed", *option]
+    assert script("attack").main(command) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option[0][2:]}=")
 
 
 def test_recipes_are_listed_without_textattack(capsys: pytest.CaptureFixture[str]) -> None:
