@@ -19,13 +19,13 @@ from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
 from .noise import plot_curves
 from .plotting import legend_below, style_of
-from .results import Figure, Result, load_result
+from .results import Figure, Result, load_result, may_be_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 CLEAN = "clean/accuracy"
-_NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>[\d.e-]+)/accuracy")
+_NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>\d+(\.\d+)?(e-\d+)?)/accuracy")
 # Seeds from which on a bootstrap interval over them is taken at its word.
 _FEW = 5
 #: Figures that are fractions and read best as per cent.
@@ -62,19 +62,13 @@ class _Run:
 def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Return the files given, and for each folder the result files below it, without repetition and in order.
 
-    Runs leave other JSON files too (a model's configuration, say); in folders only files that begin like a result, or
-    with nothing at all, are taken.
+    Runs leave other JSON files too (a model's configuration, say); in folders only results are taken, and files so
+    broken that they may have been results.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        found.extend(sorted(filter(_looks_like_result, path.rglob("*.json"))) if path.is_dir() else [path])
+        found.extend(sorted(filter(may_be_result, path.rglob("*.json"))) if path.is_dir() else [path])
     return list(dict.fromkeys(found))
-
-
-def _looks_like_result(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(100)
-    return not start.strip() or b'"schema_version"' in start
 
 
 def write_report(
@@ -105,13 +99,12 @@ def write_report(
     Raises:
         ResultFileError: If not a single file can be read.
     """
+    from matplotlib import rc_context
+
     folder = Path(output_dir)
     runs: list[_Run] = []
     problems: list[str] = []
     for path in find_results(paths):
-        # A report written where its sources are must not read itself again.
-        if path.is_relative_to(folder) and path.name.startswith("report"):
-            continue
         try:
             runs.append(_Run(path, load_result(path)))
         except ResultFileError as error:
@@ -137,11 +130,12 @@ def write_report(
         lines += _equal_clean_table(courses, baseline)
         if details:
             lines += ["Details:", "", *_summary_table(of_task, methods, details), ""]
-        drawn = {
-            "scatter": _plot_scatter(of_task, methods, task),
-            "course": plot_courses(courses, f"{_ALT['course']}, {task}") if courses else None,
-            "noise": _plot_noise(of_task, methods, task),
-        }
+        with rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+            drawn = {
+                "scatter": _plot_scatter(of_task, methods, task),
+                "course": plot_courses(courses, f"{_ALT['course']}, {task}") if courses else None,
+                "noise": _plot_noise(of_task, methods, task),
+            }
         for kind, picture in drawn.items():
             if picture is not None:
                 path = folder / f"report_{_slug(task)}_{kind}.png"
@@ -158,9 +152,10 @@ def write_report(
         lines += ["## Left out", "", *(f"- {line}" for line in problems), ""]
     lines += ["## Versions", "", *_versions(results), ""]
     page = folder / "report.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    # Names of files need not be valid text.
+    page.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
     if as_html:
-        (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8")
+        (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8", errors="backslashreplace")
     return Report(page, results, problems, pictures)
 
 
@@ -407,15 +402,19 @@ def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: 
     for number, run in enumerate(runs):
         for title, image in run.result.images.items():
             target = run.path.parent / image
-            if not target.is_file():
-                problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
+            try:
+                if not target.is_file():
+                    problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
+                    continue
+                if not target.resolve().is_relative_to(folder.resolve()):
+                    target = folder / f"report_image_{number}_{_slug(title)}{target.suffix}"
+                    shutil.copyfile(run.path.parent / image, target)
+            except OSError as error:
+                problems.append(f"{run.path}: image {image!r} cannot be copied ({error.strerror}); check that file.")
                 continue
-            if not target.resolve().is_relative_to(folder.resolve()):
-                target = folder / f"report_image_{number}_{_slug(title)}{target.suffix}"
-                shutil.copyfile(run.path.parent / image, target)
             pictures.append(target)
             caption = f"{title}: {run.result.method}, {run.result.task}, seed {run.result.seed}"
-            link = quote(target.resolve().relative_to(folder.resolve()).as_posix())
+            link = quote(os.fsencode(target.resolve().relative_to(folder.resolve()).as_posix()))
             lines += [f"![{caption}]({link})", "", caption, ""]
     return ["## Pictures", "", *lines] if lines else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,13 @@ def test_every_truncation_is_one_clear_line(tmp_path: Path) -> None:
         ({"schema_version": None}, "schema_version=None"),
         ({"seed": "0"}, "seed='0' is no int"),
         ({"figures": {"x": 0.5}}, "figure 'x' is 0.5"),
-        ({"figures": {"x": {"value": "high"}}}, "which is no number"),
+        ({"figures": {"x": {"value": "high"}}}, "figure 'x' has value='high', which is no finite number"),
+        ({"figures": {"x": {"value": float("nan")}}}, "figure 'x' has value=nan"),
+        ({"figures": {"x": {"value": 0.5, "high": float("inf")}}}, "figure 'x' has high=inf"),
+        ({"figures": {"x": {"value": 10**400}}}, "figure 'x' has value=1000"),
+        ({"cost": {"step": "1.5 x"}}, "cost 'step' is '1.5 x', no finite number"),
+        ({"versions": {"torch": None}}, "versions 'torch' is None, no text"),
+        ({"images": {"m": None}}, "images 'm' is None, no text"),
         ({"surprise": 1}, "unknown keys"),
         ({"cost": 3}, "cost=3"),
     ],
@@ -187,6 +194,95 @@ def test_bad_files_are_listed_and_the_others_reported(tmp_path: Path) -> None:
     with pytest.raises(ResultFileError, match=r"cut\.json"):
         write_report([runs / "cut.json"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+ODD = {
+    "nan.json": {"figures": {"x": {"value": float("nan")}}},
+    "rate.json": {"figures": {"noise/typos@1.2.3/accuracy": {"value": 0.5}}},
+    "cost.json": {"cost": {"step": "1.5 x"}},
+    "versions.json": {"versions": {"torch": None}},
+    "images.json": {"images": {"m": None}},
+    "half.json": {"method": "\ud800"},
+    "long.json": {"images": {"m": "m" * 300}},
+    "nested.json": "[" * 100_000,
+    "digits.json": "9" * 5000,
+    "brace.json": "{",
+    "start.json": '{"schema_ver',
+    "nuls.json": "\0" * 301,
+    "lines.json": '{"a": 1}\n{"a": 2}\n',
+}
+
+
+def write_odd(path: Path, odd: str | dict) -> None:
+    result("odd").save(path)
+    path.write_text(odd if isinstance(odd, str) else json.dumps({**json.loads(path.read_text()), **odd}))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_odd_file_does_not_stop_the_report(tmp_path: Path, name: str) -> None:
+    result().save(tmp_path / "plain.json")
+    write_odd(tmp_path / name, ODD[name])
+    report = write_report([tmp_path], tmp_path / "out")
+    assert "| plain (1 seed) |" in report.page.read_text()
+    if name != "rate.json":  # a figure of a name that says nothing
+        assert [Path(line.partition(": ")[0]).name for line in report.problems] == [name]
+        assert "\n" not in report.problems[0]
+
+
+def test_links_folders_and_pipes_do_not_stop_the_report(tmp_path: Path) -> None:
+    result().save(tmp_path / "plain.json")
+    (tmp_path / "dangling.json").symlink_to("gone")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    report = write_report([tmp_path, tmp_path / "pipe.json"], tmp_path / "out")
+    named = [Path(line.partition(": ")[0]).name for line in report.problems]
+    assert named == ["dangling.json", "loop.json", "pipe.json"]
+    assert "pipe.json: cannot be read (no regular file)" in report.problems[2]
+
+
+def test_names_that_are_no_text_do_not_stop_the_report(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    one = result()
+    one.images = {"Masks": "masks.png"}
+    one.save(folder / "plain.json")
+    (folder / "masks.png").write_bytes(b"\x89PNG picture")
+    (folder / "cut.json").write_text("{")
+    page = write_report([folder], tmp_path, as_html=True).page.read_text()
+    assert "caf%E9/masks.png" in page and "caf\\udce9/cut.json: truncated" in page
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    result("$\\foo$", task="$\\bar$", adv_glue__accuracy=0.4, **{"noise__typos@0.1__accuracy": 0.5}).save(
+        tmp_path / "r.json"
+    )
+    assert len(write_report([tmp_path], tmp_path).pictures) == 2
+
+
+def test_valid_json_of_another_kind_is_passed_over(tmp_path: Path) -> None:
+    result().save(tmp_path / "plain.json")
+    foreign = {
+        "config": {"model_type": "bert"},
+        "nested": {"info": {"schema_version": 2}},
+        "search": [{"schema_version": 1}],
+        "number": 3,
+        "large": {"vocabulary": ["word"] * 200_000},
+        "results": {"schema_version": 1, "method": "none", "best": {}, "history": [], "timing": {}, "steps": 6},
+    }
+    for name, content in foreign.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert find_results([tmp_path]) == [tmp_path / "plain.json"]
+    with pytest.raises(ResultFileError, match=r"results\.json: is about a run of training"):
+        load_result(tmp_path / "results.json")
+    (tmp_path / "large.json").write_text(json.dumps(foreign["large"])[:-2])
+    assert find_results([tmp_path]) == [tmp_path / "large.json", tmp_path / "plain.json"]
+
+
+def test_results_are_found_whatever_the_order_of_their_keys_and_their_names(tmp_path: Path) -> None:
+    result().save(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(content, sort_keys=True))
+    assert len(write_report([tmp_path], tmp_path).results) == 1
 
 
 def test_conflicts_and_a_missing_baseline_are_said(tmp_path: Path) -> None:
