@@ -14,6 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .comparable import (
+    NOISE,
+    NOISE_MEAN,
+    mean_over_noise,
+    noise_settings,
+    over_common_noise,
+    unequal_budgets,
+    unequal_samples,
+)
 from .equal_clean import Course, difference_at_equal_clean, plot_courses, read_course
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
@@ -25,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 CLEAN = "clean/accuracy"
-_NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>\d+(\.\d+)?(e-\d+)?)/accuracy")
 # Seeds from which on a bootstrap interval over them is taken at its word.
 _FEW = 5
 #: Figures that are fractions and read best as per cent.
@@ -41,7 +49,7 @@ class Report:
     Args:
         page: The Markdown page.
         results: The results it is about.
-        problems: One line for each file, or part of one, that was left out.
+        problems: One line for each file, or part of one, that was left out, and for what cannot be compared.
         pictures: The pictures beside the page.
     """
 
@@ -94,7 +102,7 @@ def write_report(
         as_html: Write the page as HTML too.
 
     Returns:
-        What was made, and one line for each file that was left out.
+        What was made, with one line for each file that was left out and each figure that cannot be compared.
 
     Raises:
         ResultFileError: If not a single file can be read.
@@ -117,16 +125,20 @@ def write_report(
     tasks = list(dict.fromkeys(result.task for result in results))
     lines = [f"# {title}", "", _introduction(results, methods, tasks), ""]
     pictures: list[Path] = []
+    shown: list[Result] = []
     if baseline not in {result.method for result in results}:
         problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
     for task in tasks:
-        of_task = [result for result in results if result.task == task]
+        of_files = [run.result for run in runs if run.result.task == task]
+        of_task, incomplete = over_common_noise([result for result in results if result.task == task])
+        shown += of_task
+        problems += incomplete + unequal_samples(of_task) + unequal_budgets(of_files)
         names = _names(of_task)
         main = [name for name in names if not name.endswith(_DETAILS)]
         details = [name for name in names if name.endswith(_DETAILS)]
         lines += [f"## {task}", "", *_summary_table(of_task, methods, main), ""]
         lines += _difference_table(of_task, methods, baseline, main)
-        courses = _courses([run.result for run in runs if run.result.task == task], methods)
+        courses = _courses(of_files, methods)
         lines += _equal_clean_table(courses, baseline)
         if details:
             lines += ["Details:", "", *_summary_table(of_task, methods, details), ""]
@@ -149,14 +161,14 @@ def write_report(
         for part, lack in lacks.items() if isinstance(lacks, dict) else []:
             problems.append(f"{run.path}: {part} was not measured: {lack}")
     if problems:
-        lines += ["## Left out", "", *(f"- {line}" for line in problems), ""]
+        lines += ["## Left out, or not comparable", "", *(f"- {line}" for line in problems), ""]
     lines += ["## Versions", "", *_versions(results), ""]
     page = folder / "report.md"
     # Names of files need not be valid text.
     page.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
     if as_html:
         (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8", errors="backslashreplace")
-    return Report(page, results, problems, pictures)
+    return Report(page, shown, problems, pictures)
 
 
 _ALT = {
@@ -172,16 +184,21 @@ def _merge(runs: Sequence[_Run], problems: list[str]) -> list[Result]:
     for run in runs:
         new = run.result
         old = merged.setdefault((new.method, new.task, new.seed), Result(new.method, new.task, new.seed, versions={}))
+        # Each file has the mean over its own noise; together they have one over all of it.
+        known = noise_settings(old)
+        more_noise = bool(known) and not noise_settings(new).keys() <= known.keys()
         for name, figure in new.figures.items():
             kept = old.figures.setdefault(name, figure)
             # Every attack repeats the clean accuracy of its own sample; the one over more examples is the better one.
             if name == CLEAN and (figure.n or 0) > (kept.n or 0):
                 old.figures[name] = figure
-            elif kept != figure and name != CLEAN:
+            elif kept != figure and name != CLEAN and not (more_noise and name == NOISE_MEAN):
                 problems.append(
                     f"{run.path}: {name} of {new.method}, {new.task}, seed {new.seed} is {figure.value} here and "
                     f"{kept.value} in another file; the other one is shown."
                 )
+        if more_noise:
+            old.figures[NOISE_MEAN] = mean_over_noise(old, list(noise_settings(old)))
         old.cost.update(new.cost)
         old.versions.update(new.versions)
     return list(merged.values())
@@ -211,9 +228,9 @@ def _count(things: Sequence[Any], noun: str) -> str:
 
 def _in_table(name: str) -> bool:
     """Tell figures of the main table from details that have a picture, or repeat the clean accuracy."""
-    return not (
-        _NOISE.fullmatch(name) or name.startswith("adv_glue/source/") or name.endswith("/clean_accuracy")
-    ) and (not name.endswith("/errors"))
+    return not (NOISE.fullmatch(name) or name.startswith("adv_glue/source/") or name.endswith("/clean_accuracy")) and (
+        not name.endswith("/errors")
+    )
 
 
 def _names(results: Sequence[Result]) -> list[str]:
@@ -427,9 +444,7 @@ def _robust_names(results: Sequence[Result]) -> list[str]:
     """Name the accuracies on changed texts that deserve a panel each."""
     names = dict.fromkeys(name for result in results for name in result.figures)
     return [
-        name
-        for name in names
-        if name in ("adv_glue/accuracy", "noise/mean/accuracy") or name.endswith("/accuracy_under_attack")
+        name for name in names if name in ("adv_glue/accuracy", NOISE_MEAN) or name.endswith("/accuracy_under_attack")
     ]
 
 
@@ -477,17 +492,17 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
 
 def _panel_title(name: str) -> str:
     """Name what the texts went through."""
-    fixed = {"adv_glue/accuracy": "AdvGLUE", "noise/mean/accuracy": "noise, mean of all kinds and rates"}
+    fixed = {"adv_glue/accuracy": "AdvGLUE", NOISE_MEAN: "noise, mean of kinds and rates"}
     return fixed.get(name) or f"attack: {name.split('/')[1]}"
 
 
 def _plot_noise(results: Sequence[Result], methods: Sequence[str], task: str) -> Picture | None:
     """Draw the noise curves, mean over seeds, with a band from the lowest to the highest seed."""
     curves: dict[str, dict[str, dict[float, Figure]]] = {}
-    names = dict.fromkeys(name for result in results for name in result.figures if _NOISE.fullmatch(name))
+    names = dict.fromkeys(name for result in results for name in result.figures if NOISE.fullmatch(name))
     for method in methods:
         for name in names:
-            match = _NOISE.fullmatch(name)
+            match = NOISE.fullmatch(name)
             assert match is not None
             points = curves.setdefault(method, {}).setdefault(match["kind"], {})
             for rate, figure_name in ((0.0, CLEAN), (float(match["rate"]), name)):

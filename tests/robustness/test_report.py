@@ -293,6 +293,79 @@ def test_conflicts_and_a_missing_baseline_are_said(tmp_path: Path) -> None:
     assert any("baseline='plain': no result is of this method" in line for line in report.problems)
 
 
+def save_noise(
+    folder: Path, method: str, seed: int, noise: dict[str, float], n: int = 872, stored: float = 0.5
+) -> None:
+    one = result(method, seed)
+    one.figures = {f"noise/{name}/accuracy": Figure(value, n) for name, value in noise.items()}
+    one.figures["noise/mean/accuracy"] = Figure(stored)
+    one.save(folder / f"{method}-{seed}.json")
+
+
+def test_the_mean_over_noise_is_over_what_all_runs_have(tmp_path: Path) -> None:
+    wide = {"typos@0.1": 0.8, "typos@0.3": 0.6, "casing@0.1": 0.9}
+    save_noise(tmp_path, "plain", 0, wide)
+    save_noise(tmp_path, "rose", 0, wide, stored=0.4)
+    result("clean only").save(tmp_path / "clean.json")
+    same = write_report([tmp_path], tmp_path / "out")
+    assert same.problems == []
+    assert [one.figures["noise/mean/accuracy"].value for one in same.results[1:]] == [0.5, 0.4]
+    save_noise(tmp_path, "rose", 1, {"typos@0.3": 0.5, "casing@0.1": 0.7, "typos@0.05": 0.1})
+    mixed = write_report([tmp_path], tmp_path / "out")
+    means = {(one.method, one.seed): one.figures.get("noise/mean/accuracy") for one in mixed.results}
+    assert means.pop(("clean only", 0)) is None
+    assert {run: mean.value for run, mean in means.items()} == pytest.approx(
+        {("plain", 0): 0.75, ("rose", 0): 0.75, ("rose", 1): 0.6}
+    )
+    (line,) = mixed.problems
+    assert "over the noise that all runs have (typos@0.3, casing@0.1); it leaves out typos@0.1, typos@0.05" in line
+    assert "| rose (2 seeds) | - | 67.5 ± 10.6 |" in mixed.page.read_text()
+    save_noise(tmp_path, "rose", 2, {"swaps@0.1": 0.5})
+    none = write_report([tmp_path], tmp_path / "out")
+    assert "sst2: noise/mean/accuracy is undefined, as no noise is common to all runs" in none.problems[0]
+    assert all(one.figures.get("noise/mean/accuracy", Figure(None)).value is None for one in none.results)
+
+
+def test_noise_in_several_files_has_one_mean(tmp_path: Path) -> None:
+    save_noise(tmp_path / "one", "plain", 0, {"typos@0.1": 0.8}, stored=0.8)
+    save_noise(tmp_path / "two", "plain", 0, {"typos@0.3": 0.6, "casing@0.1": 0.4}, stored=0.5)
+    report = write_report([tmp_path], tmp_path / "out")
+    assert report.problems == []
+    assert report.results[0].figures["noise/mean/accuracy"].value == pytest.approx(0.6)
+
+
+def save_attack(folder: Path, method: str, seed: int, n: int, budget: int | None, errors: int = 0) -> None:
+    one = result(method, seed)
+    one.figures |= {
+        "attack/pwws/clean_accuracy": Figure(0.9, n),
+        "attack/pwws/accuracy_under_attack": Figure(0.1, n - errors),
+        "attack/pwws/success_rate": Figure(0.9, n - 10 - seed),
+        "attack/pwws/queries": Figure(120.0, n - 10 - seed),
+        "attack/pwws/errors": Figure(errors),
+    }
+    one.config = {"query_budget": budget} if method == "plain" else {"evaluation": {"query_budget": budget}}
+    one.save(folder / f"{method}-{seed}.json")
+
+
+def test_figures_over_other_data_are_named(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_attack(tmp_path, "plain", seed, 200, None)
+    save_attack(tmp_path, "rose", 0, 200, None)
+    assert write_report([tmp_path], tmp_path / "out").problems == []
+    save_attack(tmp_path, "rose", 1, 20, 500)
+    small = result("rose", 2, adv_glue__accuracy=0.3)
+    small.figures["clean/accuracy"] = Figure(0.9, 64)
+    small.save(tmp_path / "small.json")
+    assert write_report([tmp_path], tmp_path / "out").problems == [
+        "sst2: clean/accuracy cannot be compared: it is over n=64 for rose (seed 2), and 100 for the others; "
+        "evaluate all on the same examples.",
+        "sst2: attack/pwws/accuracy_under_attack cannot be compared: it is over n=20 for rose (seed 1), and 200 for "
+        "the others; evaluate all on the same examples.",
+        "sst2: attack/pwws cannot be compared: it had query_budget=500 for rose (seed 1), and None for the others; "
+        "attack all with the same one.",
+    ]
+
+
 def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
     one = result()
     one.images = {"Masks": "masks.png", "Gone": "gone.png"}
