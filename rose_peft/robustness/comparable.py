@@ -12,6 +12,7 @@ from .results import Figure, Result
 NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>\d+(\.\d+)?(e-\d+)?)/accuracy")
 NOISE_MEAN = "noise/mean/accuracy"
 _ATTACK = re.compile(r"attack/(?P<recipe>.+)/accuracy_under_attack")
+_ERRORS = re.compile(r"attack/(?P<recipe>.+)/errors")
 # The other figures of attacks are means over those examples that a model got right, or on which it was fooled.
 _OVER_ALL_EXAMPLES = re.compile(rf"(clean|adv_glue)/accuracy|{NOISE.pattern}|{_ATTACK.pattern}")
 
@@ -106,6 +107,26 @@ def unequal_budgets(results: Sequence[Result]) -> list[str]:
         for recipe, of_recipe in budgets.items()
         if len(set(of_recipe.values())) > 1
     ]
+
+
+def broken_attacks(results: Sequence[Result]) -> list[str]:
+    """Name the attacks that broke on examples, which then count nowhere.
+
+    Args:
+        results: Results, one per method, task and seed.
+    """
+    lines = []
+    for result in results:
+        for name, figure in result.figures.items():
+            match = _ERRORS.fullmatch(name)
+            if match and figure.value:
+                size = _size(result, f"attack/{match['recipe']}/accuracy_under_attack")
+                lines.append(
+                    f"attack/{match['recipe']} of {result.method}, {result.task}, seed {result.seed} broke on "
+                    f"{figure.value:g} of {'its' if size is None else size} examples, which count nowhere; see the "
+                    "column error of its examples.csv."
+                )
+    return lines
 
 
 def _size(result: Result, name: str) -> int | None:

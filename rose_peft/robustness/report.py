@@ -17,6 +17,7 @@ from urllib.parse import quote
 from .comparable import (
     NOISE,
     NOISE_MEAN,
+    broken_attacks,
     mean_over_noise,
     noise_settings,
     over_common_noise,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 CLEAN = "clean/accuracy"
+_SOURCE = re.compile(r"adv_glue/source/(?P<source>.+)/accuracy")
 # Seeds from which on a bootstrap interval over them is taken at its word.
 _FEW = 5
 #: Figures that are fractions and read best as per cent.
@@ -132,12 +134,13 @@ def write_report(
         of_files = [run.result for run in runs if run.result.task == task]
         of_task, incomplete = over_common_noise([result for result in results if result.task == task])
         shown += of_task
-        problems += incomplete + unequal_samples(of_task) + unequal_budgets(of_files)
+        problems += incomplete + unequal_samples(of_task) + unequal_budgets(of_files) + broken_attacks(of_task)
         names = _names(of_task)
         main = [name for name in names if not name.endswith(_DETAILS)]
         details = [name for name in names if name.endswith(_DETAILS)]
         lines += [f"## {task}", "", *_summary_table(of_task, methods, main), ""]
         lines += _difference_table(of_task, methods, baseline, main)
+        lines += _source_table(of_task, methods)
         courses = _courses(of_files, methods)
         lines += _equal_clean_table(courses, baseline)
         if details:
@@ -218,7 +221,8 @@ def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequ
         f"{_count(measured, 'run')}: {_count(methods, 'method')}, {_count(tasks, 'task')}, "
         f"seeds {', '.join(map(str, seeds))}. "
         "Tables give mean ± standard deviation over training seeds, and the number of seeds where it differs from the "
-        "most; accuracies and shares in per cent."
+        "most; of a method with one seed, the figure and its 95 % interval within that run; accuracies and shares in "
+        "per cent."
     )
 
 
@@ -227,10 +231,12 @@ def _count(things: Sequence[Any], noun: str) -> str:
 
 
 def _in_table(name: str) -> bool:
-    """Tell figures of the main table from details that have a picture, or repeat the clean accuracy."""
-    return not (NOISE.fullmatch(name) or name.startswith("adv_glue/source/") or name.endswith("/clean_accuracy")) and (
-        not name.endswith("/errors")
-    )
+    """Tell figures of the main table from what repeats the clean accuracy, or is shown elsewhere.
+
+    Noise has a picture, the sources of AdvGLUE a table of their own, and attacks that broke are named under the page.
+    """
+    shown_elsewhere = NOISE.fullmatch(name) or _SOURCE.fullmatch(name)
+    return not shown_elsewhere and not name.endswith(("/clean_accuracy", "/errors"))
 
 
 def _names(results: Sequence[Result]) -> list[str]:
@@ -266,18 +272,20 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _summary_table(results: Sequence[Result], methods: Sequence[str], names: Sequence[str]) -> list[str]:
-    """One row per method, one column per figure."""
+def _summary_table(
+    results: Sequence[Result], methods: Sequence[str], names: Sequence[str], titles: Sequence[str] = ()
+) -> list[str]:
+    """One row per method, one column per figure; without titles, the names are the columns' titles."""
     counts = {
         method: sum(result.method == method and bool(result.figures) for result in results) for method in methods
     }
     present = [method for method in methods if counts[method]]
-    lines = [_row(["method", *map(_title, names)]), _row(["---"] + ["---:"] * len(names))]
+    lines = [_row(["method", *(titles or map(_title, names))]), _row(["---"] + ["---:"] * len(names))]
     for method in present:
         cells = []
         for name in names:
             values = [_scale(name) * value for value in _values(results, method, name).values()]
-            cells.append(_mean_and_spread(values, counts[method], name))
+            cells.append(_mean_and_spread(values, counts[method], name) + _interval(results, method, name))
         lines.append(_row([f"{method} ({counts[method]} seed{'s' * (counts[method] != 1)})", *cells]))
     return lines
 
@@ -289,6 +297,27 @@ def _mean_and_spread(values: Sequence[float], expected: int, name: str) -> str:
     if len(values) > 1:
         text += f" ± {_number(statistics.stdev(values), name)}"
     return text + (f" (n={len(values)})" if len(values) != expected else "")
+
+
+def _interval(results: Sequence[Result], method: str, name: str) -> str:
+    """Format the interval that a figure has within a run, where there is one run and so no spread over seeds."""
+    (figure, *others) = [result.figures.get(name) for result in results if result.method == method and result.figures]
+    if others or figure is None or figure.value is None or figure.low is None or figure.high is None:
+        return ""
+    low, high = (_number(_scale(name) * bound, name) for bound in (figure.low, figure.high))
+    return f" [{low}, {high}]"
+
+
+def _source_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    """One row per method, one column per attack that AdvGLUE's examples come from."""
+    found = {
+        name: match["source"] for result in results for name in result.figures if (match := _SOURCE.fullmatch(name))
+    }
+    if not found:
+        return []
+    names = sorted(found, key=found.__getitem__)
+    table = _summary_table(results, methods, names, [found[name] for name in names])
+    return ["AdvGLUE accuracy (%) by the attack behind the examples:", "", *table, ""]
 
 
 def paired_differences(

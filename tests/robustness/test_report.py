@@ -366,6 +366,46 @@ def test_figures_over_other_data_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_attacks_that_broke_are_named(tmp_path: Path) -> None:
+    save_attack(tmp_path, "plain", 0, 200, None)
+    save_attack(tmp_path, "rose", 1, 200, None, errors=3)
+    report = write_report([tmp_path], tmp_path / "out")
+    (line,) = report.problems  # the examples are the same, so the figures can be compared
+    assert line.startswith("attack/pwws of rose, sst2, seed 1 broke on 3 of 200 examples")
+    assert line in report.page.read_text()
+
+
+def test_sources_of_adv_glue_have_a_table(tmp_path: Path) -> None:
+    for method, seed, value in (("plain", 0, 0.25), ("plain", 1, 0.35), ("rose", 0, 0.5)):
+        one = result(method, seed)
+        one.figures |= {
+            "adv_glue/source/textfooler/accuracy": Figure(value, 20, value - 0.2, value + 0.2),
+            "adv_glue/source/human/accuracy": Figure(value + 0.1, 20),
+        }
+        one.save(tmp_path / f"{method}-{seed}.json")
+    lines = write_report([tmp_path], tmp_path / "out").page.read_text().splitlines()
+    start = lines.index("AdvGLUE accuracy (%) by the attack behind the examples:")
+    assert lines[start + 2 : start + 6] == [
+        "| method | human | textfooler |",
+        "| --- | ---: | ---: |",
+        "| plain (2 seeds) | 40.0 ± 7.1 | 30.0 ± 7.1 |",
+        "| rose (1 seed) | 60.0 | 50.0 [30.0, 70.0] |",
+    ]
+
+
+def test_one_run_shows_the_interval_within_it(tmp_path: Path) -> None:
+    one = result(adv_glue__accuracy=0.3)
+    one.figures["clean/accuracy"] = Figure(0.8604, 872, 0.8351, 0.8817)
+    one.figures["landscape/hessian_trace"] = Figure(926.0, 8, -12.345, 1900.0)
+    one.save(tmp_path / "plain.json")
+    dataclasses.replace(one, figures={}).save(tmp_path / "cost.json")
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert "| plain (1 seed) | 86.0 [83.5, 88.2] | 30.0 | 926 [-12.3, 1900] |" in page
+    dataclasses.replace(one, seed=1).save(tmp_path / "second.json")
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert "| plain (2 seeds) | 86.0 ± 0.0 | 30.0 ± 0.0 | 926 ± 0 |" in page
+
+
 def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
     one = result()
     one.images = {"Masks": "masks.png", "Gone": "gone.png"}
