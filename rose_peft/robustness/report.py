@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
 import re
@@ -128,6 +129,7 @@ def write_report(
     lines = [f"# {title}", "", _introduction(results, methods, tasks), ""]
     pictures: list[Path] = []
     shown: list[Result] = []
+    file_names = _file_names(tasks)
     if baseline not in {result.method for result in results}:
         problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
     for task in tasks:
@@ -153,7 +155,7 @@ def write_report(
             }
         for kind, picture in drawn.items():
             if picture is not None:
-                path = folder / f"report_{_slug(task)}_{kind}.png"
+                path = folder / f"report_{file_names[task]}_{kind}.png"
                 picture.savefig(path, dpi=150)
                 pictures.append(path)
                 lines += [f"![{_ALT[kind]}, {task}]({path.name})", ""]
@@ -446,6 +448,7 @@ def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: 
     """Show the pictures that results name (mask heat maps, landscapes); those outside the page's folder are copied."""
     lines: list[str] = []
     for number, run in enumerate(runs):
+        file_names = _file_names(run.result.images)
         for title, image in run.result.images.items():
             target = run.path.parent / image
             try:
@@ -453,7 +456,7 @@ def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: 
                     problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
                     continue
                 if not target.resolve().is_relative_to(folder.resolve()):
-                    target = folder / f"report_image_{number}_{_slug(title)}{target.suffix}"
+                    target = folder / f"report_image_{number}_{file_names[title]}{target.suffix}"
                     shutil.copyfile(run.path.parent / image, target)
             except OSError as error:
                 problems.append(f"{run.path}: image {image!r} cannot be copied ({error.strerror}); check that file.")
@@ -465,8 +468,16 @@ def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: 
     return ["## Pictures", "", *lines] if lines else []
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "x"
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Give each name one of its own that any file system takes; those that differ in letters lost get a number."""
+    slugs = {name: re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "x" for name in names}
+    found: dict[str, str] = {}
+    # Names that lose least choose first, so that they keep theirs whatever stands beside them.
+    for name in sorted(slugs, key=lambda name: (slugs[name] != name, not name.isascii())):
+        numbered = (f"{slugs[name]}-{number}" for number in itertools.count(2))
+        free = (slug for slug in itertools.chain([slugs[name]], numbered) if slug not in found.values())
+        found[name] = next(free)
+    return found
 
 
 def _robust_names(results: Sequence[Result]) -> list[str]:

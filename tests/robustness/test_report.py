@@ -406,6 +406,24 @@ def test_one_run_shows_the_interval_within_it(tmp_path: Path) -> None:
     assert "| plain (2 seeds) | 86.0 ± 0.0 | 30.0 ± 0.0 | 926 ± 0 |" in page
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font has no such letters
+def test_each_picture_has_a_file_of_its_own(tmp_path: Path) -> None:
+    tasks = ["情感", "問答", "情感 sst2", "SST2", "sst2", "sst2-2", "my task"]
+    for task in tasks:
+        one = result(task=task, adv_glue__accuracy=0.3)
+        one.images = {"情": "a.png", "問": "b.png"}
+        one.save(tmp_path / "runs" / task / "r.json")
+        for name in "ab":
+            (tmp_path / "runs" / task / f"{name}.png").write_bytes(f"{task} {name}".encode())
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert len(set(report.pictures)) == len(report.pictures) == 3 * len(tasks)
+    page = report.page.read_text()
+    for task, slug in (("sst2", "sst2"), ("sst2-2", "sst2-2"), ("my task", "my-task")):
+        assert f"![Clean against robust accuracy, {task}](report_{slug}_scatter.png)" in page
+    copies = {path.read_bytes().decode() for path in report.pictures if "image" in path.name}
+    assert copies == {f"{task} {name}" for task in tasks for name in "ab"}
+
+
 def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
     one = result()
     one.images = {"Masks": "masks.png", "Gone": "gone.png"}
