@@ -37,7 +37,7 @@ def read_course(history: Any) -> list[tuple[float, float]]:
     for epoch in history if isinstance(history, list) else []:
         parts = [epoch.get(name) for name in ("clean", "robust")] if isinstance(epoch, dict) else []
         values = [part.get("accuracy") for part in parts if isinstance(part, dict)]
-        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        numbers = [float(value) for value in values if isinstance(value, int | float) and 0 <= value <= 1]
         if len(numbers) == 2:
             pairs.append((numbers[0], numbers[1]))
     return pairs

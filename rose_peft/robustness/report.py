@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
 import os
 import re
@@ -14,18 +15,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from .comparable import (
+    NOISE,
+    NOISE_MEAN,
+    broken_attacks,
+    mean_over_noise,
+    noise_settings,
+    over_common_noise,
+    unequal_budgets,
+    unequal_samples,
+)
 from .equal_clean import Course, difference_at_equal_clean, plot_courses, read_course
 from .errors import ResultFileError
 from .intervals import Interval, bootstrap_paired_difference
 from .noise import plot_curves
 from .plotting import legend_below, style_of
-from .results import Figure, Result, load_result
+from .results import Figure, Result, load_result, may_be_result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 CLEAN = "clean/accuracy"
-_NOISE = re.compile(r"noise/(?P<kind>[^@]+)@(?P<rate>[\d.e-]+)/accuracy")
+_SOURCE = re.compile(r"adv_glue/source/(?P<source>.+)/accuracy")
 # Seeds from which on a bootstrap interval over them is taken at its word.
 _FEW = 5
 #: Figures that are fractions and read best as per cent.
@@ -41,7 +52,7 @@ class Report:
     Args:
         page: The Markdown page.
         results: The results it is about.
-        problems: One line for each file, or part of one, that was left out.
+        problems: One line for each file, or part of one, that was left out, and for what cannot be compared.
         pictures: The pictures beside the page.
     """
 
@@ -62,19 +73,13 @@ class _Run:
 def find_results(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Return the files given, and for each folder the result files below it, without repetition and in order.
 
-    Runs leave other JSON files too (a model's configuration, say); in folders only files that begin like a result, or
-    with nothing at all, are taken.
+    Runs leave other JSON files too (a model's configuration, say); in folders only results are taken, and files so
+    broken that they may have been results.
     """
     found: list[Path] = []
     for path in map(Path, paths):
-        found.extend(sorted(filter(_looks_like_result, path.rglob("*.json"))) if path.is_dir() else [path])
+        found.extend(sorted(filter(may_be_result, path.rglob("*.json"))) if path.is_dir() else [path])
     return list(dict.fromkeys(found))
-
-
-def _looks_like_result(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(100)
-    return not start.strip() or b'"schema_version"' in start
 
 
 def write_report(
@@ -100,18 +105,17 @@ def write_report(
         as_html: Write the page as HTML too.
 
     Returns:
-        What was made, and one line for each file that was left out.
+        What was made, with one line for each file that was left out and each figure that cannot be compared.
 
     Raises:
         ResultFileError: If not a single file can be read.
     """
+    from matplotlib import rc_context
+
     folder = Path(output_dir)
     runs: list[_Run] = []
     problems: list[str] = []
     for path in find_results(paths):
-        # A report written where its sources are must not read itself again.
-        if path.is_relative_to(folder) and path.name.startswith("report"):
-            continue
         try:
             runs.append(_Run(path, load_result(path)))
         except ResultFileError as error:
@@ -124,27 +128,34 @@ def write_report(
     tasks = list(dict.fromkeys(result.task for result in results))
     lines = [f"# {title}", "", _introduction(results, methods, tasks), ""]
     pictures: list[Path] = []
+    shown: list[Result] = []
+    file_names = _file_names(tasks)
     if baseline not in {result.method for result in results}:
         problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
     for task in tasks:
-        of_task = [result for result in results if result.task == task]
+        of_files = [run.result for run in runs if run.result.task == task]
+        of_task, incomplete = over_common_noise([result for result in results if result.task == task])
+        shown += of_task
+        problems += incomplete + unequal_samples(of_task) + unequal_budgets(of_files) + broken_attacks(of_task)
         names = _names(of_task)
         main = [name for name in names if not name.endswith(_DETAILS)]
         details = [name for name in names if name.endswith(_DETAILS)]
         lines += [f"## {task}", "", *_summary_table(of_task, methods, main), ""]
         lines += _difference_table(of_task, methods, baseline, main)
-        courses = _courses([run.result for run in runs if run.result.task == task], methods)
+        lines += _source_table(of_task, methods)
+        courses = _courses(of_files, methods)
         lines += _equal_clean_table(courses, baseline)
         if details:
             lines += ["Details:", "", *_summary_table(of_task, methods, details), ""]
-        drawn = {
-            "scatter": _plot_scatter(of_task, methods, task),
-            "course": plot_courses(courses, f"{_ALT['course']}, {task}") if courses else None,
-            "noise": _plot_noise(of_task, methods, task),
-        }
+        with rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+            drawn = {
+                "scatter": _plot_scatter(of_task, methods, task),
+                "course": plot_courses(courses, f"{_ALT['course']}, {task}") if courses else None,
+                "noise": _plot_noise(of_task, methods, task),
+            }
         for kind, picture in drawn.items():
             if picture is not None:
-                path = folder / f"report_{_slug(task)}_{kind}.png"
+                path = folder / f"report_{file_names[task]}_{kind}.png"
                 picture.savefig(path, dpi=150)
                 pictures.append(path)
                 lines += [f"![{_ALT[kind]}, {task}]({path.name})", ""]
@@ -155,13 +166,14 @@ def write_report(
         for part, lack in lacks.items() if isinstance(lacks, dict) else []:
             problems.append(f"{run.path}: {part} was not measured: {lack}")
     if problems:
-        lines += ["## Left out", "", *(f"- {line}" for line in problems), ""]
+        lines += ["## Left out, or not comparable", "", *(f"- {line}" for line in problems), ""]
     lines += ["## Versions", "", *_versions(results), ""]
     page = folder / "report.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    # Names of files need not be valid text.
+    page.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
     if as_html:
-        (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8")
-    return Report(page, results, problems, pictures)
+        (folder / "report.html").write_text(_to_html(lines, title), encoding="utf-8", errors="backslashreplace")
+    return Report(page, shown, problems, pictures)
 
 
 _ALT = {
@@ -177,16 +189,21 @@ def _merge(runs: Sequence[_Run], problems: list[str]) -> list[Result]:
     for run in runs:
         new = run.result
         old = merged.setdefault((new.method, new.task, new.seed), Result(new.method, new.task, new.seed, versions={}))
+        # Each file has the mean over its own noise; together they have one over all of it.
+        known = noise_settings(old)
+        more_noise = bool(known) and not noise_settings(new).keys() <= known.keys()
         for name, figure in new.figures.items():
             kept = old.figures.setdefault(name, figure)
             # Every attack repeats the clean accuracy of its own sample; the one over more examples is the better one.
             if name == CLEAN and (figure.n or 0) > (kept.n or 0):
                 old.figures[name] = figure
-            elif kept != figure and name != CLEAN:
+            elif kept != figure and name != CLEAN and not (more_noise and name == NOISE_MEAN):
                 problems.append(
                     f"{run.path}: {name} of {new.method}, {new.task}, seed {new.seed} is {figure.value} here and "
                     f"{kept.value} in another file; the other one is shown."
                 )
+        if more_noise:
+            old.figures[NOISE_MEAN] = mean_over_noise(old, list(noise_settings(old)))
         old.cost.update(new.cost)
         old.versions.update(new.versions)
     return list(merged.values())
@@ -206,7 +223,8 @@ def _introduction(results: Sequence[Result], methods: Sequence[str], tasks: Sequ
         f"{_count(measured, 'run')}: {_count(methods, 'method')}, {_count(tasks, 'task')}, "
         f"seeds {', '.join(map(str, seeds))}. "
         "Tables give mean ± standard deviation over training seeds, and the number of seeds where it differs from the "
-        "most; accuracies and shares in per cent."
+        "most; of a method with one seed, the figure and its 95 % interval within that run; accuracies and shares in "
+        "per cent."
     )
 
 
@@ -215,10 +233,12 @@ def _count(things: Sequence[Any], noun: str) -> str:
 
 
 def _in_table(name: str) -> bool:
-    """Tell figures of the main table from details that have a picture, or repeat the clean accuracy."""
-    return not (
-        _NOISE.fullmatch(name) or name.startswith("adv_glue/source/") or name.endswith("/clean_accuracy")
-    ) and (not name.endswith("/errors"))
+    """Tell figures of the main table from what repeats the clean accuracy, or is shown elsewhere.
+
+    Noise has a picture, the sources of AdvGLUE a table of their own, and attacks that broke are named under the page.
+    """
+    shown_elsewhere = NOISE.fullmatch(name) or _SOURCE.fullmatch(name)
+    return not shown_elsewhere and not name.endswith(("/clean_accuracy", "/errors"))
 
 
 def _names(results: Sequence[Result]) -> list[str]:
@@ -254,18 +274,20 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _summary_table(results: Sequence[Result], methods: Sequence[str], names: Sequence[str]) -> list[str]:
-    """One row per method, one column per figure."""
+def _summary_table(
+    results: Sequence[Result], methods: Sequence[str], names: Sequence[str], titles: Sequence[str] = ()
+) -> list[str]:
+    """One row per method, one column per figure; without titles, the names are the columns' titles."""
     counts = {
         method: sum(result.method == method and bool(result.figures) for result in results) for method in methods
     }
     present = [method for method in methods if counts[method]]
-    lines = [_row(["method", *map(_title, names)]), _row(["---"] + ["---:"] * len(names))]
+    lines = [_row(["method", *(titles or map(_title, names))]), _row(["---"] + ["---:"] * len(names))]
     for method in present:
         cells = []
         for name in names:
             values = [_scale(name) * value for value in _values(results, method, name).values()]
-            cells.append(_mean_and_spread(values, counts[method], name))
+            cells.append(_mean_and_spread(values, counts[method], name) + _interval(results, method, name))
         lines.append(_row([f"{method} ({counts[method]} seed{'s' * (counts[method] != 1)})", *cells]))
     return lines
 
@@ -277,6 +299,27 @@ def _mean_and_spread(values: Sequence[float], expected: int, name: str) -> str:
     if len(values) > 1:
         text += f" ± {_number(statistics.stdev(values), name)}"
     return text + (f" (n={len(values)})" if len(values) != expected else "")
+
+
+def _interval(results: Sequence[Result], method: str, name: str) -> str:
+    """Format the interval that a figure has within a run, where there is one run and so no spread over seeds."""
+    (figure, *others) = [result.figures.get(name) for result in results if result.method == method and result.figures]
+    if others or figure is None or figure.value is None or figure.low is None or figure.high is None:
+        return ""
+    low, high = (_number(_scale(name) * bound, name) for bound in (figure.low, figure.high))
+    return f" [{low}, {high}]"
+
+
+def _source_table(results: Sequence[Result], methods: Sequence[str]) -> list[str]:
+    """One row per method, one column per attack that AdvGLUE's examples come from."""
+    found = {
+        name: match["source"] for result in results for name in result.figures if (match := _SOURCE.fullmatch(name))
+    }
+    if not found:
+        return []
+    names = sorted(found, key=found.__getitem__)
+    table = _summary_table(results, methods, names, [found[name] for name in names])
+    return ["AdvGLUE accuracy (%) by the attack behind the examples:", "", *table, ""]
 
 
 def paired_differences(
@@ -405,32 +448,43 @@ def _images(runs: Sequence[_Run], folder: Path, pictures: list[Path], problems: 
     """Show the pictures that results name (mask heat maps, landscapes); those outside the page's folder are copied."""
     lines: list[str] = []
     for number, run in enumerate(runs):
+        file_names = _file_names(run.result.images)
         for title, image in run.result.images.items():
             target = run.path.parent / image
-            if not target.is_file():
-                problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
+            try:
+                if not target.is_file():
+                    problems.append(f"{run.path}: image {image!r} is not there; keep it beside the result file.")
+                    continue
+                if not target.resolve().is_relative_to(folder.resolve()):
+                    target = folder / f"report_image_{number}_{file_names[title]}{target.suffix}"
+                    shutil.copyfile(run.path.parent / image, target)
+            except OSError as error:
+                problems.append(f"{run.path}: image {image!r} cannot be copied ({error.strerror}); check that file.")
                 continue
-            if not target.resolve().is_relative_to(folder.resolve()):
-                target = folder / f"report_image_{number}_{_slug(title)}{target.suffix}"
-                shutil.copyfile(run.path.parent / image, target)
             pictures.append(target)
             caption = f"{title}: {run.result.method}, {run.result.task}, seed {run.result.seed}"
-            link = quote(target.resolve().relative_to(folder.resolve()).as_posix())
+            link = quote(os.fsencode(target.resolve().relative_to(folder.resolve()).as_posix()))
             lines += [f"![{caption}]({link})", "", caption, ""]
     return ["## Pictures", "", *lines] if lines else []
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "x"
+def _file_names(names: Iterable[str]) -> dict[str, str]:
+    """Give each name one of its own that any file system takes; those that differ in letters lost get a number."""
+    slugs = {name: re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower() or "x" for name in names}
+    found: dict[str, str] = {}
+    # Names that lose least choose first, so that they keep theirs whatever stands beside them.
+    for name in sorted(slugs, key=lambda name: (slugs[name] != name, not name.isascii())):
+        numbered = (f"{slugs[name]}-{number}" for number in itertools.count(2))
+        free = (slug for slug in itertools.chain([slugs[name]], numbered) if slug not in found.values())
+        found[name] = next(free)
+    return found
 
 
 def _robust_names(results: Sequence[Result]) -> list[str]:
     """Name the accuracies on changed texts that deserve a panel each."""
     names = dict.fromkeys(name for result in results for name in result.figures)
     return [
-        name
-        for name in names
-        if name in ("adv_glue/accuracy", "noise/mean/accuracy") or name.endswith("/accuracy_under_attack")
+        name for name in names if name in ("adv_glue/accuracy", NOISE_MEAN) or name.endswith("/accuracy_under_attack")
     ]
 
 
@@ -478,17 +532,17 @@ def _plot_scatter(results: Sequence[Result], methods: Sequence[str], task: str) 
 
 def _panel_title(name: str) -> str:
     """Name what the texts went through."""
-    fixed = {"adv_glue/accuracy": "AdvGLUE", "noise/mean/accuracy": "noise, mean of all kinds and rates"}
+    fixed = {"adv_glue/accuracy": "AdvGLUE", NOISE_MEAN: "noise, mean of kinds and rates"}
     return fixed.get(name) or f"attack: {name.split('/')[1]}"
 
 
 def _plot_noise(results: Sequence[Result], methods: Sequence[str], task: str) -> Picture | None:
     """Draw the noise curves, mean over seeds, with a band from the lowest to the highest seed."""
     curves: dict[str, dict[str, dict[float, Figure]]] = {}
-    names = dict.fromkeys(name for result in results for name in result.figures if _NOISE.fullmatch(name))
+    names = dict.fromkeys(name for result in results for name in result.figures if NOISE.fullmatch(name))
     for method in methods:
         for name in names:
-            match = _NOISE.fullmatch(name)
+            match = NOISE.fullmatch(name)
             assert match is not None
             points = curves.setdefault(method, {}).setdefault(match["kind"], {})
             for rate, figure_name in ((0.0, CLEAN), (float(match["rate"]), name)):

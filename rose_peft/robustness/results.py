@@ -18,10 +18,12 @@ Accuracies and shares are fractions. A figure's name is a path: `clean/accuracy`
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +34,11 @@ from .errors import ResultFileError
 from .intervals import Interval, bootstrap_mean, wilson
 
 SCHEMA_VERSION = 1
+
+# What the `results.json` of a run of examples/train.py holds, which begins like a result but has no figures.
+_TRAINING_RUN = {"best", "history", "timing"}
+# In bytes; results are far below it.
+_LARGE = 1 << 20
 
 _PACKAGES = ("rose-peft", "torch", "transformers", "peft", "datasets", "textattack", "nltk", "numpy")
 
@@ -128,20 +135,14 @@ def load_result(path: str | os.PathLike[str]) -> Result:
         The result.
 
     Raises:
-        ResultFileError: If the file cannot be read, is truncated or no result, or has another schema version.
+        ResultFileError: If the file cannot be read, is truncated or no result, has another schema version, or holds
+            a value of the wrong kind.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultFileError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
-    except UnicodeDecodeError:
-        raise ResultFileError(f"{path}: is not text; pass the JSON files that the kit wrote.") from None
-    except json.JSONDecodeError as error:
-        raise ResultFileError(
-            f"{path}: truncated or not JSON (line {error.lineno}: {error.msg}); run that evaluation again."
-        ) from None
+    content = _read_json(Path(path))
     if not isinstance(content, dict) or "schema_version" not in content:
         raise ResultFileError(f"{path}: has no schema_version, so it is no result file; leave it out.")
+    if _is_training_run(content):
+        raise ResultFileError(f"{path}: is about a run of training and holds no figures of the kit; leave it out.")
     if content["schema_version"] != SCHEMA_VERSION:
         raise ResultFileError(
             f"{path}: schema_version={content['schema_version']}, this version of the kit reads {SCHEMA_VERSION}; "
@@ -153,6 +154,9 @@ def load_result(path: str | os.PathLike[str]) -> Result:
             raise ResultFileError(
                 f"{path}: {key}={content.get(key)!r} is no {kind.__name__}; run that evaluation again."
             )
+    for key in ("method", "task"):
+        if any("\ud800" <= letter <= "\udfff" for letter in content[key]):  # half a letter, which no picture can show
+            raise ResultFileError(f"{path}: {key}={content[key]!a} is no valid text; run that evaluation again.")
     figures = {name: _read_figure(path, name, entry) for name, entry in content.pop("figures").items()}
     unknown = set(content) - set(Result.__dataclass_fields__)
     if unknown:
@@ -160,15 +164,81 @@ def load_result(path: str | os.PathLike[str]) -> Result:
     for key in ("cost", "config", "images", "versions"):
         if not isinstance(content.setdefault(key, {}), dict):
             raise ResultFileError(f"{path}: {key}={content[key]!r} is no object; run that evaluation again.")
+    for name, number in content["cost"].items():
+        if not _is_number_or_null(number):
+            raise ResultFileError(f"{path}: cost {name!r} is {number!r}, no finite number; run that evaluation again.")
+    for key in ("images", "versions"):
+        for name, text in content[key].items():
+            if not isinstance(text, str):
+                raise ResultFileError(f"{path}: {key} {name!r} is {text!r}, no text; run that evaluation again.")
     return Result(figures=figures, **content)
+
+
+def may_be_result(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is a result, or so broken that it may have been one.
+
+    Valid JSON of another kind, such as a model's configuration, is neither.
+
+    Args:
+        path: Any file; folders, pipes and devices are no results.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            return False
+        if path.stat().st_size > _LARGE and _begins_and_ends_as_foreign(path):
+            return False
+        content = _read_json(path)
+    except (OSError, ResultFileError):
+        return True  # `load_result` says what is wrong with it
+    return isinstance(content, dict) and "schema_version" in content and not _is_training_run(content)
+
+
+def _begins_and_ends_as_foreign(path: Path) -> bool:
+    """Spare large files, such as a tokenizer's, from being parsed."""
+    with open(path, "rb") as file:
+        start = file.read(100)
+        file.seek(-100, os.SEEK_END)
+        end = file.read()
+    return b'"schema_version"' not in start and end.rstrip().endswith((b"}", b"]"))
+
+
+def _is_training_run(content: dict[str, Any]) -> bool:
+    return "figures" not in content and content.keys() >= _TRAINING_RUN
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.exists() and not path.is_file():  # to open a pipe would be to wait for its writer
+            raise OSError(errno.EINVAL, "no regular file")
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ResultFileError(f"{path}: cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise ResultFileError(f"{path}: is not text; pass the JSON files that the kit wrote.") from None
+    except json.JSONDecodeError as error:
+        raise ResultFileError(
+            f"{path}: truncated or not JSON (line {error.lineno}: {error.msg}); run that evaluation again."
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and deep nesting
+        raise ResultFileError(f"{path}: JSON beyond what can be read ({error}); run that evaluation again.") from None
+
+
+def _is_number_or_null(value: Any) -> bool:
+    """Tell finite numbers, and null, which stands for what was not finite, from all else."""
+    if value is None:
+        return True
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _read_figure(path: str | os.PathLike[str], name: str, entry: Any) -> Figure:
     if not isinstance(entry, dict) or "value" not in entry or set(entry) - {"value", "n", "low", "high"}:
         raise ResultFileError(f"{path}: figure {name!r} is {entry!r}, not value, n, low and high; run it again.")
-    for number in entry.values():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
-            raise ResultFileError(f"{path}: figure {name!r} holds {number!r}, which is no number; run it again.")
+    for key, number in entry.items():
+        if not _is_number_or_null(number):
+            raise ResultFileError(
+                f"{path}: figure {name!r} has {key}={number!r}, which is no finite number; run that evaluation again."
+            )
     return Figure(**entry)
 
 

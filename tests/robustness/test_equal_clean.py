@@ -79,7 +79,17 @@ def test_the_interval_resamples_runs_not_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    "history", [None, {}, [None], [{}], [{"clean": {"accuracy": 0.8}}], [{"clean": 1, "robust": 2}]]
+    "history",
+    [
+        None,
+        {},
+        [None],
+        [{}],
+        [{"clean": {"accuracy": 0.8}}],
+        [{"clean": 1, "robust": 2}],
+        [{"clean": {"accuracy": 0.8}, "robust": {"accuracy": float("nan")}}],
+        [{"clean": {"accuracy": 0.8}, "robust": {"accuracy": 10**400}}],
+    ],
 )
 def test_runs_without_a_usable_history_have_no_course(history: object) -> None:
     assert read_course(history) == []

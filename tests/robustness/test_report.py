@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -74,7 +75,13 @@ def test_every_truncation_is_one_clear_line(tmp_path: Path) -> None:
         ({"schema_version": None}, "schema_version=None"),
         ({"seed": "0"}, "seed='0' is no int"),
         ({"figures": {"x": 0.5}}, "figure 'x' is 0.5"),
-        ({"figures": {"x": {"value": "high"}}}, "which is no number"),
+        ({"figures": {"x": {"value": "high"}}}, "figure 'x' has value='high', which is no finite number"),
+        ({"figures": {"x": {"value": float("nan")}}}, "figure 'x' has value=nan"),
+        ({"figures": {"x": {"value": 0.5, "high": float("inf")}}}, "figure 'x' has high=inf"),
+        ({"figures": {"x": {"value": 10**400}}}, "figure 'x' has value=1000"),
+        ({"cost": {"step": "1.5 x"}}, "cost 'step' is '1.5 x', no finite number"),
+        ({"versions": {"torch": None}}, "versions 'torch' is None, no text"),
+        ({"images": {"m": None}}, "images 'm' is None, no text"),
         ({"surprise": 1}, "unknown keys"),
         ({"cost": 3}, "cost=3"),
     ],
@@ -189,12 +196,232 @@ def test_bad_files_are_listed_and_the_others_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+ODD = {
+    "nan.json": {"figures": {"x": {"value": float("nan")}}},
+    "rate.json": {"figures": {"noise/typos@1.2.3/accuracy": {"value": 0.5}}},
+    "cost.json": {"cost": {"step": "1.5 x"}},
+    "versions.json": {"versions": {"torch": None}},
+    "images.json": {"images": {"m": None}},
+    "half.json": {"method": "\ud800"},
+    "long.json": {"images": {"m": "m" * 300}},
+    "nested.json": "[" * 100_000,
+    "digits.json": "9" * 5000,
+    "brace.json": "{",
+    "start.json": '{"schema_ver',
+    "nuls.json": "\0" * 301,
+    "lines.json": '{"a": 1}\n{"a": 2}\n',
+}
+
+
+def write_odd(path: Path, odd: str | dict) -> None:
+    result("odd").save(path)
+    path.write_text(odd if isinstance(odd, str) else json.dumps({**json.loads(path.read_text()), **odd}))
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_odd_file_does_not_stop_the_report(tmp_path: Path, name: str) -> None:
+    result().save(tmp_path / "plain.json")
+    write_odd(tmp_path / name, ODD[name])
+    report = write_report([tmp_path], tmp_path / "out")
+    assert "| plain (1 seed) |" in report.page.read_text()
+    if name != "rate.json":  # a figure of a name that says nothing
+        assert [Path(line.partition(": ")[0]).name for line in report.problems] == [name]
+        assert "\n" not in report.problems[0]
+
+
+def test_links_folders_and_pipes_do_not_stop_the_report(tmp_path: Path) -> None:
+    result().save(tmp_path / "plain.json")
+    (tmp_path / "dangling.json").symlink_to("gone")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    report = write_report([tmp_path, tmp_path / "pipe.json"], tmp_path / "out")
+    named = [Path(line.partition(": ")[0]).name for line in report.problems]
+    assert named == ["dangling.json", "loop.json", "pipe.json"]
+    assert "pipe.json: cannot be read (no regular file)" in report.problems[2]
+
+
+def test_names_that_are_no_text_do_not_stop_the_report(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    one = result()
+    one.images = {"Masks": "masks.png"}
+    one.save(folder / "plain.json")
+    (folder / "masks.png").write_bytes(b"\x89PNG picture")
+    (folder / "cut.json").write_text("{")
+    page = write_report([folder], tmp_path, as_html=True).page.read_text()
+    assert "caf%E9/masks.png" in page and "caf\\udce9/cut.json: truncated" in page
+
+
+def test_names_are_no_formulas(tmp_path: Path) -> None:
+    result("$\\foo$", task="$\\bar$", adv_glue__accuracy=0.4, **{"noise__typos@0.1__accuracy": 0.5}).save(
+        tmp_path / "r.json"
+    )
+    assert len(write_report([tmp_path], tmp_path).pictures) == 2
+
+
+def test_valid_json_of_another_kind_is_passed_over(tmp_path: Path) -> None:
+    result().save(tmp_path / "plain.json")
+    foreign = {
+        "config": {"model_type": "bert"},
+        "nested": {"info": {"schema_version": 2}},
+        "search": [{"schema_version": 1}],
+        "number": 3,
+        "large": {"vocabulary": ["word"] * 200_000},
+        "results": {"schema_version": 1, "method": "none", "best": {}, "history": [], "timing": {}, "steps": 6},
+    }
+    for name, content in foreign.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert find_results([tmp_path]) == [tmp_path / "plain.json"]
+    with pytest.raises(ResultFileError, match=r"results\.json: is about a run of training"):
+        load_result(tmp_path / "results.json")
+    (tmp_path / "large.json").write_text(json.dumps(foreign["large"])[:-2])
+    assert find_results([tmp_path]) == [tmp_path / "large.json", tmp_path / "plain.json"]
+
+
+def test_results_are_found_whatever_the_order_of_their_keys_and_their_names(tmp_path: Path) -> None:
+    result().save(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    (tmp_path / "report.json").write_text(json.dumps(content, sort_keys=True))
+    assert len(write_report([tmp_path], tmp_path).results) == 1
+
+
 def test_conflicts_and_a_missing_baseline_are_said(tmp_path: Path) -> None:
     result("rose", 0, adv_glue__accuracy=0.4).save(tmp_path / "a.json")
     result("rose", 0, adv_glue__accuracy=0.5).save(tmp_path / "b.json")
     report = write_report([tmp_path], tmp_path / "out")
     assert any("adv_glue/accuracy of rose, sst2, seed 0 is 0.5 here and 0.4" in line for line in report.problems)
     assert any("baseline='plain': no result is of this method" in line for line in report.problems)
+
+
+def save_noise(
+    folder: Path, method: str, seed: int, noise: dict[str, float], n: int = 872, stored: float = 0.5
+) -> None:
+    one = result(method, seed)
+    one.figures = {f"noise/{name}/accuracy": Figure(value, n) for name, value in noise.items()}
+    one.figures["noise/mean/accuracy"] = Figure(stored)
+    one.save(folder / f"{method}-{seed}.json")
+
+
+def test_the_mean_over_noise_is_over_what_all_runs_have(tmp_path: Path) -> None:
+    wide = {"typos@0.1": 0.8, "typos@0.3": 0.6, "casing@0.1": 0.9}
+    save_noise(tmp_path, "plain", 0, wide)
+    save_noise(tmp_path, "rose", 0, wide, stored=0.4)
+    result("clean only").save(tmp_path / "clean.json")
+    same = write_report([tmp_path], tmp_path / "out")
+    assert same.problems == []
+    assert [one.figures["noise/mean/accuracy"].value for one in same.results[1:]] == [0.5, 0.4]
+    save_noise(tmp_path, "rose", 1, {"typos@0.3": 0.5, "casing@0.1": 0.7, "typos@0.05": 0.1})
+    mixed = write_report([tmp_path], tmp_path / "out")
+    means = {(one.method, one.seed): one.figures.get("noise/mean/accuracy") for one in mixed.results}
+    assert means.pop(("clean only", 0)) is None
+    assert {run: mean.value for run, mean in means.items()} == pytest.approx(
+        {("plain", 0): 0.75, ("rose", 0): 0.75, ("rose", 1): 0.6}
+    )
+    (line,) = mixed.problems
+    assert "over the noise that all runs have (typos@0.3, casing@0.1); it leaves out typos@0.1, typos@0.05" in line
+    assert "| rose (2 seeds) | - | 67.5 ± 10.6 |" in mixed.page.read_text()
+    save_noise(tmp_path, "rose", 2, {"swaps@0.1": 0.5})
+    none = write_report([tmp_path], tmp_path / "out")
+    assert "sst2: noise/mean/accuracy is undefined, as no noise is common to all runs" in none.problems[0]
+    assert all(one.figures.get("noise/mean/accuracy", Figure(None)).value is None for one in none.results)
+
+
+def test_noise_in_several_files_has_one_mean(tmp_path: Path) -> None:
+    save_noise(tmp_path / "one", "plain", 0, {"typos@0.1": 0.8}, stored=0.8)
+    save_noise(tmp_path / "two", "plain", 0, {"typos@0.3": 0.6, "casing@0.1": 0.4}, stored=0.5)
+    report = write_report([tmp_path], tmp_path / "out")
+    assert report.problems == []
+    assert report.results[0].figures["noise/mean/accuracy"].value == pytest.approx(0.6)
+
+
+def save_attack(folder: Path, method: str, seed: int, n: int, budget: int | None, errors: int = 0) -> None:
+    one = result(method, seed)
+    one.figures |= {
+        "attack/pwws/clean_accuracy": Figure(0.9, n),
+        "attack/pwws/accuracy_under_attack": Figure(0.1, n - errors),
+        "attack/pwws/success_rate": Figure(0.9, n - 10 - seed),
+        "attack/pwws/queries": Figure(120.0, n - 10 - seed),
+        "attack/pwws/errors": Figure(errors),
+    }
+    one.config = {"query_budget": budget} if method == "plain" else {"evaluation": {"query_budget": budget}}
+    one.save(folder / f"{method}-{seed}.json")
+
+
+def test_figures_over_other_data_are_named(tmp_path: Path) -> None:
+    for seed in range(2):
+        save_attack(tmp_path, "plain", seed, 200, None)
+    save_attack(tmp_path, "rose", 0, 200, None)
+    assert write_report([tmp_path], tmp_path / "out").problems == []
+    save_attack(tmp_path, "rose", 1, 20, 500)
+    small = result("rose", 2, adv_glue__accuracy=0.3)
+    small.figures["clean/accuracy"] = Figure(0.9, 64)
+    small.save(tmp_path / "small.json")
+    assert write_report([tmp_path], tmp_path / "out").problems == [
+        "sst2: clean/accuracy cannot be compared: it is over n=64 for rose (seed 2), and 100 for the others; "
+        "evaluate all on the same examples.",
+        "sst2: attack/pwws/accuracy_under_attack cannot be compared: it is over n=20 for rose (seed 1), and 200 for "
+        "the others; evaluate all on the same examples.",
+        "sst2: attack/pwws cannot be compared: it had query_budget=500 for rose (seed 1), and None for the others; "
+        "attack all with the same one.",
+    ]
+
+
+def test_attacks_that_broke_are_named(tmp_path: Path) -> None:
+    save_attack(tmp_path, "plain", 0, 200, None)
+    save_attack(tmp_path, "rose", 1, 200, None, errors=3)
+    report = write_report([tmp_path], tmp_path / "out")
+    (line,) = report.problems  # the examples are the same, so the figures can be compared
+    assert line.startswith("attack/pwws of rose, sst2, seed 1 broke on 3 of 200 examples")
+    assert line in report.page.read_text()
+
+
+def test_sources_of_adv_glue_have_a_table(tmp_path: Path) -> None:
+    for method, seed, value in (("plain", 0, 0.25), ("plain", 1, 0.35), ("rose", 0, 0.5)):
+        one = result(method, seed)
+        one.figures |= {
+            "adv_glue/source/textfooler/accuracy": Figure(value, 20, value - 0.2, value + 0.2),
+            "adv_glue/source/human/accuracy": Figure(value + 0.1, 20),
+        }
+        one.save(tmp_path / f"{method}-{seed}.json")
+    lines = write_report([tmp_path], tmp_path / "out").page.read_text().splitlines()
+    start = lines.index("AdvGLUE accuracy (%) by the attack behind the examples:")
+    assert lines[start + 2 : start + 6] == [
+        "| method | human | textfooler |",
+        "| --- | ---: | ---: |",
+        "| plain (2 seeds) | 40.0 ± 7.1 | 30.0 ± 7.1 |",
+        "| rose (1 seed) | 60.0 | 50.0 [30.0, 70.0] |",
+    ]
+
+
+def test_one_run_shows_the_interval_within_it(tmp_path: Path) -> None:
+    one = result(adv_glue__accuracy=0.3)
+    one.figures["clean/accuracy"] = Figure(0.8604, 872, 0.8351, 0.8817)
+    one.figures["landscape/hessian_trace"] = Figure(926.0, 8, -12.345, 1900.0)
+    one.save(tmp_path / "plain.json")
+    dataclasses.replace(one, figures={}).save(tmp_path / "cost.json")
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert "| plain (1 seed) | 86.0 [83.5, 88.2] | 30.0 | 926 [-12.3, 1900] |" in page
+    dataclasses.replace(one, seed=1).save(tmp_path / "second.json")
+    page = write_report([tmp_path], tmp_path / "out").page.read_text()
+    assert "| plain (2 seeds) | 86.0 ± 0.0 | 30.0 ± 0.0 | 926 ± 0 |" in page
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # the font has no such letters
+def test_each_picture_has_a_file_of_its_own(tmp_path: Path) -> None:
+    tasks = ["情感", "問答", "情感 sst2", "SST2", "sst2", "sst2-2", "my task"]
+    for task in tasks:
+        one = result(task=task, adv_glue__accuracy=0.3)
+        one.images = {"情": "a.png", "問": "b.png"}
+        one.save(tmp_path / "runs" / task / "r.json")
+        for name in "ab":
+            (tmp_path / "runs" / task / f"{name}.png").write_bytes(f"{task} {name}".encode())
+    report = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert len(set(report.pictures)) == len(report.pictures) == 3 * len(tasks)
+    page = report.page.read_text()
+    for task, slug in (("sst2", "sst2"), ("sst2-2", "sst2-2"), ("my task", "my-task")):
+        assert f"![Clean against robust accuracy, {task}](report_{slug}_scatter.png)" in page
+    copies = {path.read_bytes().decode() for path in report.pictures if "image" in path.name}
+    assert copies == {f"{task} {name}" for task in tasks for name in "ab"}
 
 
 def test_pictures_of_results_are_shown(tmp_path: Path) -> None:
