@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,9 @@ PathLike = str | os.PathLike[str]
 #: Columns in which AdvGLUE's annotated files say what made an example: the attack, else its level (word, sentence,
 #: human).
 SOURCE_COLUMNS = ("method", "data_construction")
+
+# What programs write where there is no value. Texts may read like that too, so there only nothing is missing.
+_MISSING = ("", "NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
 
 
 @dataclass(frozen=True)
@@ -206,11 +211,13 @@ def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: 
     if label is None or label != label:  # NaN is how tables mark a missing number
         return -1
     if isinstance(label, str):
-        if names is None or label not in names:
-            known = "no label names are given" if names is None else f"the label names are {list(names)}"
-            raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
-        return names.index(label)
-    if int(label) != label:
+        if names is not None and label in names:
+            return names.index(label)
+        if re.fullmatch(r"-?\d+", label):  # JSON often has numbers in quotes
+            return int(label)
+        known = "no label names are given" if names is None else f"the label names are {list(names)}"
+        raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
+    if label % 1 != 0:
         raise DataError(f"{name}: {column}={label!r} is no class; scores (regression) cannot be evaluated here.")
     return int(label)
 
@@ -222,11 +229,12 @@ def load_file(
     label_names: Sequence[str] | None = None,
     key: str | None = None,
 ) -> Examples:
-    """Load examples from one Parquet, CSV, TSV, JSON or JSON-lines file.
+    """Load examples from one Parquet, CSV, TSV, JSON or JSON-lines file; texts stay as they are written.
 
     Args:
-        path: The file; its ending decides the format. JSON is a list of records, or an object of such lists by `key`
-            (the layout in which AdvGLUE is published).
+        path: The file; its ending decides the format. CSV may put fields in quotes; in TSV, as GLUE publishes it, a
+            quote is a character like any other. JSON is a list of records, or an object of such lists by `key` (the
+            layout in which AdvGLUE is published).
         text_columns: Names of one or two text columns.
         label_column: Name of the label column.
         label_names: Name of each label number, where known.
@@ -240,11 +248,13 @@ def load_file(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the folder and the split.")
+    as_text = dict.fromkeys(text_columns, str)
+    delimited = delimited_options(path, text_columns, label_column, label_names)
     readers = {
         ".parquet": pandas.read_parquet,
-        ".csv": pandas.read_csv,
-        ".tsv": lambda file: pandas.read_csv(file, sep="\t"),
-        ".jsonl": lambda file: pandas.read_json(file, lines=True),
+        ".csv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".tsv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".jsonl": lambda file: pandas.read_json(file, lines=True, dtype=False),
         ".json": lambda file: _read_json(file, key),
     }
     if path.suffix not in readers:
@@ -254,6 +264,29 @@ def load_file(
     except (ValueError, OSError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error)}).") from error
     return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
+
+
+def delimited_options(
+    path: PathLike, text_columns: Sequence[str], label_column: str, label_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Say how pandas must read a CSV or TSV file, so that texts such as `NA` are texts and quotes in TSV are quotes.
+
+    Args:
+        path: The file, for its ending.
+        text_columns: Names of the text columns.
+        label_column: Name of the label column.
+        label_names: Name of each label number, where known; one such as `None` is a label then.
+
+    Returns:
+        Options of `pandas.read_csv`.
+    """
+    missing: dict[str, Sequence[str]] = dict.fromkeys(SOURCE_COLUMNS, _MISSING)
+    missing[label_column] = [mark for mark in _MISSING if mark not in (label_names or ())]
+    missing |= dict.fromkeys(text_columns, ("",))
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": missing}
+    if Path(path).suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    return options
 
 
 def _read_json(path: Path, key: str | None) -> Any:
