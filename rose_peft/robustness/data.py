@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -342,8 +342,8 @@ def load_glue(task: str, data_dir: PathLike | None = None, split: str | None = N
 
     Args:
         task: Name of the task.
-        data_dir: Folder with `glue/<task>/<split>.parquet` (or another ending that `load_file` reads); None for the
-            hub.
+        data_dir: Folder with `glue/<config>/<split>.parquet` (or another ending that `load_file` reads), named as on
+            the hub: `glue/mnli/validation_mismatched.parquet` for mnli-mm. None for the hub.
         split: Another split.
 
     Raises:
@@ -354,7 +354,7 @@ def load_glue(task: str, data_dir: PathLike | None = None, split: str | None = N
     split = split or layout.validation_split
     if data_dir is None:
         return load_hub("nyu-mll/glue", layout.glue_config, split, layout.text_columns, label_names=layout.label_names)
-    path = _find(Path(data_dir) / "glue" / layout.glue_config, (split,))
+    path = find_split(Path(data_dir) / "glue" / layout.glue_config, split)
     return load_file(path, layout.text_columns, label_names=layout.label_names)
 
 
@@ -363,9 +363,7 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
 
     Args:
         task: Name of the task.
-        data_dir: Folder with `adv_glue/adv_<task>/validation.parquet` as on the hub, or with one of the files that
-            AdvGLUE publishes itself: `adv_glue/dev_ann.json`, which names the attack behind each example, or
-            `adv_glue/dev.json`, which does not. None for the hub.
+        data_dir: Folder of local files, see `adv_glue_file`; None for the hub.
 
     Raises:
         UnknownTaskError: If the task is unknown or AdvGLUE has no counterpart of it.
@@ -379,15 +377,44 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
         return load_hub(
             "AI-Secure/adv_glue", layout.adv_config, "validation", layout.text_columns, label_names=layout.label_names
         )
+    path, key = adv_glue_file(layout, data_dir)
+    return load_file(path, layout.text_columns, label_names=layout.label_names, key=key)
+
+
+def adv_glue_file(task: Task, data_dir: PathLike) -> tuple[Path, str | None]:
+    """Find a task of AdvGLUE in a folder of local files.
+
+    Args:
+        task: A task with a counterpart in AdvGLUE.
+        data_dir: Folder with any of `adv_glue/dev_ann.json`, which AdvGLUE publishes and which names the attack behind
+            each example; `adv_glue/adv_<task>/validation.parquet` (or another ending that `load_file` reads), as on
+            the hub; and `adv_glue/dev.json`, also from AdvGLUE. They hold the same examples, the first says the most.
+
+    Returns:
+        The file, and the key of the task's list in a file of several tasks.
+
+    Raises:
+        DataError: If none of them is there.
+    """
     folder = Path(data_dir) / "adv_glue"
-    for published in (folder / "dev_ann.json", folder / "dev.json"):
-        if published.is_file() and not (folder / layout.adv_config).is_dir():
-            return load_file(published, layout.text_columns, label_names=layout.label_names, key=task)
-    path = _find(folder / layout.adv_config, ("validation", "dev"))
-    return load_file(path, layout.text_columns, label_names=layout.label_names)
+    if (folder / "dev_ann.json").is_file():
+        return folder / "dev_ann.json", task.name
+    own = folder / str(task.adv_config)
+    if (folder / "dev.json").is_file() and not own.is_dir():
+        return folder / "dev.json", task.name
+    return find_split(own, "validation", "dev"), None
 
 
-def _find(folder: Path, stems: Iterable[str]) -> Path:
+def find_split(folder: Path, *stems: str) -> Path:
+    """Find a split among local files.
+
+    Args:
+        folder: Folder of the files.
+        stems: Names that the split goes by, without the ending.
+
+    Raises:
+        DataError: If none of them is there with an ending that `load_file` reads.
+    """
     names = [f"{stem}{ending}" for stem in stems for ending in (".parquet", ".jsonl", ".json", ".csv", ".tsv")]
     for name in names:
         if (folder / name).is_file():

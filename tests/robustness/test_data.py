@@ -64,7 +64,7 @@ def test_adv_glue_loads_in_the_layout_it_is_published_in(tmp_path: Path) -> None
 
 
 def test_adv_glue_names_the_attacks_where_the_annotated_file_is_there(tmp_path: Path) -> None:
-    """The layout of AdvGLUE's dev_ann.json; it goes before dev.json, which says less about the same examples."""
+    """The layout of AdvGLUE's dev_ann.json; it goes before the others, which say less about the same examples."""
     (tmp_path / "adv_glue").mkdir()
     pair = {"sentence1": "a", "sentence2": "b", "label": 0}
     annotated = [
@@ -75,6 +75,9 @@ def test_adv_glue_names_the_attacks_where_the_annotated_file_is_there(tmp_path: 
     (tmp_path / "adv_glue" / "dev.json").write_text(json.dumps({"rte": [pair]}))
     assert load_adv_glue("rte", tmp_path).sources is None
     (tmp_path / "adv_glue" / "dev_ann.json").write_text(json.dumps({"rte": annotated}))
+    # As on the hub, without the attacks.
+    (tmp_path / "adv_glue" / "adv_rte").mkdir()
+    pandas.DataFrame([pair]).to_parquet(tmp_path / "adv_glue" / "adv_rte" / "validation.parquet")
     examples = load_adv_glue("rte", tmp_path)
     assert examples.texts == (("a", "b"),) * 3
     assert examples.sources == ("textbugger", "human", "unnamed")
