@@ -68,11 +68,14 @@ class TrainArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with glue/TASK/{train,validation}.parquet and, if there is one, "
-            "adv_glue/adv_TASK/validation.parquet, which goes with train_file and validation_file too. Needs task."
+            "help": "Folder with glue/TASK/{train,validation}.parquet and, if there is one, adv_glue/dev_ann.json or "
+            "adv_glue/adv_TASK/validation.parquet, which goes with train_file and validation_file too. Names are the "
+            "hub's: mnli and mnli-mm share glue/mnli, with validation_matched and validation_mismatched. Needs task."
         },
     )
-    train_file: str | None = field(default=None, metadata={"help": "Training file: .parquet, .csv, .json or .jsonl."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training file: .parquet, .csv, .tsv, .json or .jsonl."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Validation file, of the same columns."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, where it is not the task's."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, for pairs."})

@@ -10,9 +10,10 @@ from arguments import InputError, TrainArguments, reason
 from datasets import ClassLabel, Dataset, load_dataset
 from demo_data import demo_splits
 
-from rose_peft.robustness.data import TASKS
+from rose_peft.robustness.data import TASKS, adv_glue_file, delimited_options, find_split
+from rose_peft.robustness.errors import DataError
 
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
@@ -79,51 +80,69 @@ def _splits(args: TrainArguments) -> dict[str, Dataset | None]:
         splits = demo_splits()
         return {"training": splits["train"], "validation": splits["validation"], "robust": splits["robust"]}
     if args.train_file is not None and args.validation_file is not None:
-        train, validation = _read(args.train_file, "train_file"), _read(args.validation_file, "validation_file")
+        train = _read(args, "train_file", args.train_file)
+        validation = _read(args, "validation_file", args.validation_file)
     else:
         train, validation = _glue(args)
     return {"training": train, "validation": validation, "AdvGLUE": _adv_glue(args)}
 
 
 def _glue(args: TrainArguments) -> tuple[Dataset, Dataset]:
-    if args.data_dir is not None:
-        folder = Path(args.data_dir) / "glue" / str(args.task)
-        train, validation = folder / "train.parquet", folder / "validation.parquet"
-        return _read(str(train), "data_dir"), _read(str(validation), "data_dir")
     task = TASKS.get(str(args.task))
+    validation = task.validation_split if task is not None else "validation"
+    if args.data_dir is not None:
+        folder = Path(args.data_dir) / "glue" / (task.glue_config if task is not None else str(args.task))
+        try:
+            files = find_split(folder, "train"), find_split(folder, validation)
+        except DataError as error:
+            raise InputError(f"data_dir={args.data_dir!r}: {error}") from error
+        return _read(args, "data_dir", files[0]), _read(args, "data_dir", files[1])
     if task is None:
         raise InputError(
             f"task={args.task!r} is not on the hub; pass --data_dir, or --train_file and --validation_file."
         )
-    hub = [_hub(args, "nyu-mll/glue", task.glue_config, split) for split in ("train", task.validation_split)]
+    hub = [_hub(args, "nyu-mll/glue", task.glue_config, split) for split in ("train", validation)]
     return hub[0], hub[1]
 
 
 def _adv_glue(args: TrainArguments) -> Dataset | None:
     """AdvGLUE where the task has it: from `data_dir`, or from the hub for data from the hub."""
     task = TASKS.get(str(args.task))
+    config = task.adv_config if task is not None else None
     if args.data_dir is not None:
-        name = task.adv_config if task is not None and task.adv_config is not None else f"adv_{args.task}"
-        file = Path(args.data_dir) / "adv_glue" / name / "validation.parquet"
-        return _read(str(file), "data_dir") if file.is_file() else None
-    if task is None or task.adv_config is None or args.train_file is not None:
+        try:
+            if task is not None and config is not None:
+                file, key = adv_glue_file(task, args.data_dir)
+            else:  # the user's own, in the same layout
+                file, key = find_split(Path(args.data_dir) / "adv_glue" / f"adv_{args.task}", "validation"), None
+        except DataError:
+            return None
+        return _read(args, "data_dir", file, key)
+    if config is None or args.train_file is not None:
         return None
-    return _hub(args, "AI-Secure/adv_glue", task.adv_config, "validation")
+    return _hub(args, "AI-Secure/adv_glue", config, "validation")
 
 
-def _read(path: str, option: str) -> Dataset:
+def _read(args: TrainArguments, option: str, path: str | Path, key: str | None = None) -> Dataset:
+    """Read one file; `key` names the list to take from a JSON object of lists."""
     file = Path(path)
     if file.suffix not in FORMATS:
-        raise InputError(f"{option}={path!r} has an unknown ending; use one of {', '.join(FORMATS)}.")
+        raise InputError(f"{option}={str(path)!r} has an unknown ending; use one of {', '.join(FORMATS)}.")
     if not file.is_file():
-        raise InputError(f"{option}={path!r} does not exist; check the path.")
+        raise InputError(f"{option}={str(path)!r} does not exist; check the path.")
+    options: dict[str, Any] = {}
+    if FORMATS[file.suffix] == "csv":
+        texts = [column for column in _columns(args) if column is not None]
+        options = delimited_options(file, texts, args.label_column)
+    elif key is not None:
+        options = {"field": key}
     try:
-        return load_dataset(FORMATS[file.suffix], data_files={"data": str(file)}, split="data")
+        return load_dataset(FORMATS[file.suffix], data_files={"data": str(file)}, split="data", **options)
     except Exception as error:  # each reader has its own errors, none of which names the option
         why = reason(error.__cause__ or error)
         if "corresponds to no data" in why:  # a head line alone
-            raise InputError(f"{option}={path!r} is empty; pass a file with at least one row.") from error
-        raise InputError(f"{option}={path!r} cannot be read ({why}); check that it is whole.") from error
+            raise InputError(f"{option}={str(path)!r} is empty; pass a file with at least one row.") from error
+        raise InputError(f"{option}={str(path)!r} cannot be read ({why}); check that it is whole.") from error
 
 
 def _hub(args: TrainArguments, path: str, name: str, split: str) -> Dataset:

@@ -5,7 +5,8 @@
         --output_dir runs/lora/noise
 
 Writes noise.json (a result file for the report) and noise.png. AdvGLUE is measured where the task has a counterpart in
-it. Synonyms need NLTK with WordNet and its stop words; where they are missing, that kind is named and left out.
+it. Synonyms need NLTK with WordNet and its stop words. Where these or AdvGLUE's data are missing, they are named and
+left out. Not every word can be changed; the table and config["words_changed"] say what share of all words was.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import HfArgumentParser
 from rose_peft.robustness.adv_glue import evaluate_adv_glue
 from rose_peft.robustness.cli import DataArguments, LabelArguments, RunArguments, fail
 from rose_peft.robustness.data import get_task
-from rose_peft.robustness.errors import RobustnessError
+from rose_peft.robustness.errors import DataError, RobustnessError
 from rose_peft.robustness.noise import DEFAULT_RATES, KINDS, evaluate_noise, plot_noise
 from rose_peft.robustness.results import Result
 
@@ -52,15 +53,24 @@ def main(argv: list[str] | None = None) -> int:
             model, tokenizer, examples, kinds=args.kinds, rates=args.rates, seed=args.seed, **run.options()
         )
         figures = noise.figures()
+        unavailable = dict(noise.unavailable)
         if data.task is not None and get_task(data.task).adv_config is not None:
-            adversarial = evaluate_adv_glue(
-                model, tokenizer, data.task, data_dir=data.data_dir, clean=examples, **run.options()
-            )
-            figures.update(adversarial.figures())
+            try:
+                adversarial = evaluate_adv_glue(
+                    model, tokenizer, data.task, data_dir=data.data_dir, clean=examples, **run.options()
+                )
+                figures.update(adversarial.figures())
+            except DataError as error:
+                unavailable["AdvGLUE"] = str(error)
+                print(f"AdvGLUE is not measured: {error}", file=sys.stderr)
     except RobustnessError as error:
         return fail(error)
     for kind, lack in noise.unavailable.items():
         print(f"noise {kind} does not run: it needs {lack}", file=sys.stderr)
+    # Not among the figures: they are the same for every model, and would be a table as wide as the noise.
+    words_changed = {
+        f"{kind}@{rate:g}": share for kind, by_rate in noise.words_changed.items() for rate, share in by_rate.items()
+    }
     folder = Path(args.output_dir)
     plot_noise({label.method: noise}, folder / "noise.png")
     Result(
@@ -72,12 +82,14 @@ def main(argv: list[str] | None = None) -> int:
             "data": examples.fingerprint(),
             "noise_seed": args.seed,
             "rates": args.rates,
-            "unavailable": noise.unavailable,
+            "words_changed": words_changed,
+            "unavailable": unavailable,
             **run.options(),
         },
     ).save(folder / "noise.json")
     for name, figure in figures.items():
-        print(f"{name:36s} {figure}")
+        share = words_changed.get(name.removeprefix("noise/").removesuffix("/accuracy"))
+        print(f"{name:36s} {figure}" + ("" if share is None else f", {share:.1%} of words changed"))
     print(f"\nnoise.json, noise.png: {folder}")
     return 0
 

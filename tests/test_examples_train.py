@@ -31,6 +31,9 @@ import data  # noqa: E402
 import demo_data  # noqa: E402
 import run  # noqa: E402
 import train  # noqa: E402
+from arguments import TrainArguments  # noqa: E402
+
+from rose_peft.robustness.data import load_adv_glue, load_glue  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +331,7 @@ BAD = [
     (("--gamma", "1.5"), "gamma=1.5"),
     (("--rose_warmup_steps", "-1"), "warmup_steps=-1"),
     (("--task", "poetry"), "task='poetry' is unknown"),
-    (("--task", "rte"), "does not exist"),
+    (("--task", "rte"), "holds none of train.parquet"),
     (("--train_file", "nowhere.csv"), "train_file and validation_file go together"),
     (("--train_file", "nowhere.csv", "--validation_file", "nowhere.csv"), "train_file='nowhere.csv' does not exist"),
     (("--train_file", "data.xml", "--validation_file", "data.xml"), "unknown ending"),
@@ -434,6 +437,46 @@ def test_bad_files_are_named(
     assert train.main([*model, *_csv(tmp_path, train_rows, GOOD_ROWS), *more]) == 2
     (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error:"))
     assert message in line
+
+
+def _local(folder: Path, task: str) -> data.TextData:
+    return data.load_text(TrainArguments(task=task, data_dir=str(folder), strategy="none"))
+
+
+@pytest.mark.parametrize("task", ["mnli", "mnli-mm"])
+def test_training_and_evaluation_read_the_same_local_files(tmp_path: Path, task: str) -> None:
+    """The layout is the hub's, in which both kinds of MNLI share their training split."""
+    (tmp_path / "glue" / "mnli").mkdir(parents=True)
+    (tmp_path / "adv_glue").mkdir()
+    splits = ("train", "validation_matched", "validation_mismatched")
+    for split in splits:
+        rows = [{"premise": split, "hypothesis": str(n), "label": n} for n in range(3)]
+        (tmp_path / "glue" / "mnli" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pair = {"hypothesis": "h", "label": 2}
+    adversarial = {name: [{**pair, "premise": name, "method": None}] for name in ("mnli", "mnli-mm")}
+    adversarial["sst2"] = [{"sentence": "fine", "label": 1, "method": "human"}]
+    (tmp_path / "adv_glue" / "dev_ann.json").write_text(json.dumps(adversarial))
+    text = _local(tmp_path, task)
+    assert set(text.train["text"]) == {"train"}
+    for ours, theirs in ((text.validation, load_glue(task, tmp_path)), (text.robust, load_adv_glue(task, tmp_path))):
+        assert list(zip(ours["text"], ours["text_pair"], strict=True)) == list(theirs.texts)
+        assert list(ours["label"]) == list(theirs.labels)
+    assert set(text.validation["text"]) == {splits[1 if task == "mnli" else 2]}
+    assert list(text.robust["text"]) == [task]
+
+
+def test_tasks_without_a_counterpart_may_have_adversarial_data_of_their_own(tmp_path: Path) -> None:
+    for name in ("glue/cola", "adv_glue/adv_cola"):
+        (tmp_path / name).mkdir(parents=True)
+    rows = 'sentence\tlabel\n"so it was\t1\nNA\t0\n'
+    for name in ("glue/cola/train", "glue/cola/validation"):
+        (tmp_path / f"{name}.tsv").write_text(rows)
+    (tmp_path / "adv_glue" / "dev_ann.json").write_text('{"sst2": []}')
+    text = _local(tmp_path, "cola")
+    assert text.robust is None
+    assert list(text.train["text"]) == ['"so it was', "NA"] and list(text.train["label"]) == [1, 0]
+    (tmp_path / "adv_glue" / "adv_cola" / "validation.tsv").write_text(rows)
+    assert len(_local(tmp_path, "cola").robust) == 2
 
 
 def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) -> None:

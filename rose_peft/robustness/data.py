@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ PathLike = str | os.PathLike[str]
 #: Columns in which AdvGLUE's annotated files say what made an example: the attack, else its level (word, sentence,
 #: human).
 SOURCE_COLUMNS = ("method", "data_construction")
+
+# What programs write where there is no value. Texts may read like that too, so there only nothing is missing.
+_MISSING = ("", "NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
 
 
 @dataclass(frozen=True)
@@ -206,11 +211,13 @@ def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: 
     if label is None or label != label:  # NaN is how tables mark a missing number
         return -1
     if isinstance(label, str):
-        if names is None or label not in names:
-            known = "no label names are given" if names is None else f"the label names are {list(names)}"
-            raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
-        return names.index(label)
-    if int(label) != label:
+        if names is not None and label in names:
+            return names.index(label)
+        if re.fullmatch(r"-?\d+", label):  # JSON often has numbers in quotes
+            return int(label)
+        known = "no label names are given" if names is None else f"the label names are {list(names)}"
+        raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
+    if label % 1 != 0:
         raise DataError(f"{name}: {column}={label!r} is no class; scores (regression) cannot be evaluated here.")
     return int(label)
 
@@ -222,11 +229,12 @@ def load_file(
     label_names: Sequence[str] | None = None,
     key: str | None = None,
 ) -> Examples:
-    """Load examples from one Parquet, CSV, TSV, JSON or JSON-lines file.
+    """Load examples from one Parquet, CSV, TSV, JSON or JSON-lines file; texts stay as they are written.
 
     Args:
-        path: The file; its ending decides the format. JSON is a list of records, or an object of such lists by `key`
-            (the layout in which AdvGLUE is published).
+        path: The file; its ending decides the format. CSV may put fields in quotes; in TSV, as GLUE publishes it, a
+            quote is a character like any other. JSON is a list of records, or an object of such lists by `key` (the
+            layout in which AdvGLUE is published).
         text_columns: Names of one or two text columns.
         label_column: Name of the label column.
         label_names: Name of each label number, where known.
@@ -240,11 +248,13 @@ def load_file(
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the folder and the split.")
+    as_text = dict.fromkeys(text_columns, str)
+    delimited = delimited_options(path, text_columns, label_column, label_names)
     readers = {
         ".parquet": pandas.read_parquet,
-        ".csv": pandas.read_csv,
-        ".tsv": lambda file: pandas.read_csv(file, sep="\t"),
-        ".jsonl": lambda file: pandas.read_json(file, lines=True),
+        ".csv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".tsv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".jsonl": lambda file: pandas.read_json(file, lines=True, dtype=False),
         ".json": lambda file: _read_json(file, key),
     }
     if path.suffix not in readers:
@@ -254,6 +264,29 @@ def load_file(
     except (ValueError, OSError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error)}).") from error
     return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
+
+
+def delimited_options(
+    path: PathLike, text_columns: Sequence[str], label_column: str, label_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Say how pandas must read a CSV or TSV file, so that texts such as `NA` are texts and quotes in TSV are quotes.
+
+    Args:
+        path: The file, for its ending.
+        text_columns: Names of the text columns.
+        label_column: Name of the label column.
+        label_names: Name of each label number, where known; one such as `None` is a label then.
+
+    Returns:
+        Options of `pandas.read_csv`.
+    """
+    missing: dict[str, Sequence[str]] = dict.fromkeys(SOURCE_COLUMNS, _MISSING)
+    missing[label_column] = [mark for mark in _MISSING if mark not in (label_names or ())]
+    missing |= dict.fromkeys(text_columns, ("",))
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": missing}
+    if Path(path).suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    return options
 
 
 def _read_json(path: Path, key: str | None) -> Any:
@@ -309,8 +342,8 @@ def load_glue(task: str, data_dir: PathLike | None = None, split: str | None = N
 
     Args:
         task: Name of the task.
-        data_dir: Folder with `glue/<task>/<split>.parquet` (or another ending that `load_file` reads); None for the
-            hub.
+        data_dir: Folder with `glue/<config>/<split>.parquet` (or another ending that `load_file` reads), named as on
+            the hub: `glue/mnli/validation_mismatched.parquet` for mnli-mm. None for the hub.
         split: Another split.
 
     Raises:
@@ -321,7 +354,7 @@ def load_glue(task: str, data_dir: PathLike | None = None, split: str | None = N
     split = split or layout.validation_split
     if data_dir is None:
         return load_hub("nyu-mll/glue", layout.glue_config, split, layout.text_columns, label_names=layout.label_names)
-    path = _find(Path(data_dir) / "glue" / layout.glue_config, (split,))
+    path = find_split(Path(data_dir) / "glue" / layout.glue_config, split)
     return load_file(path, layout.text_columns, label_names=layout.label_names)
 
 
@@ -330,9 +363,7 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
 
     Args:
         task: Name of the task.
-        data_dir: Folder with `adv_glue/adv_<task>/validation.parquet` as on the hub, or with one of the files that
-            AdvGLUE publishes itself: `adv_glue/dev_ann.json`, which names the attack behind each example, or
-            `adv_glue/dev.json`, which does not. None for the hub.
+        data_dir: Folder of local files, see `adv_glue_file`; None for the hub.
 
     Raises:
         UnknownTaskError: If the task is unknown or AdvGLUE has no counterpart of it.
@@ -346,15 +377,44 @@ def load_adv_glue(task: str, data_dir: PathLike | None = None) -> Examples:
         return load_hub(
             "AI-Secure/adv_glue", layout.adv_config, "validation", layout.text_columns, label_names=layout.label_names
         )
+    path, key = adv_glue_file(layout, data_dir)
+    return load_file(path, layout.text_columns, label_names=layout.label_names, key=key)
+
+
+def adv_glue_file(task: Task, data_dir: PathLike) -> tuple[Path, str | None]:
+    """Find a task of AdvGLUE in a folder of local files.
+
+    Args:
+        task: A task with a counterpart in AdvGLUE.
+        data_dir: Folder with any of `adv_glue/dev_ann.json`, which AdvGLUE publishes and which names the attack behind
+            each example; `adv_glue/adv_<task>/validation.parquet` (or another ending that `load_file` reads), as on
+            the hub; and `adv_glue/dev.json`, also from AdvGLUE. They hold the same examples, the first says the most.
+
+    Returns:
+        The file, and the key of the task's list in a file of several tasks.
+
+    Raises:
+        DataError: If none of them is there.
+    """
     folder = Path(data_dir) / "adv_glue"
-    for published in (folder / "dev_ann.json", folder / "dev.json"):
-        if published.is_file() and not (folder / layout.adv_config).is_dir():
-            return load_file(published, layout.text_columns, label_names=layout.label_names, key=task)
-    path = _find(folder / layout.adv_config, ("validation", "dev"))
-    return load_file(path, layout.text_columns, label_names=layout.label_names)
+    if (folder / "dev_ann.json").is_file():
+        return folder / "dev_ann.json", task.name
+    own = folder / str(task.adv_config)
+    if (folder / "dev.json").is_file() and not own.is_dir():
+        return folder / "dev.json", task.name
+    return find_split(own, "validation", "dev"), None
 
 
-def _find(folder: Path, stems: Iterable[str]) -> Path:
+def find_split(folder: Path, *stems: str) -> Path:
+    """Find a split among local files.
+
+    Args:
+        folder: Folder of the files.
+        stems: Names that the split goes by, without the ending.
+
+    Raises:
+        DataError: If none of them is there with an ending that `load_file` reads.
+    """
     names = [f"{stem}{ending}" for stem in stems for ending in (".parquet", ".jsonl", ".json", ".csv", ".tsv")]
     for name in names:
         if (folder / name).is_file():

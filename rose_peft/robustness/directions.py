@@ -113,32 +113,44 @@ def mean_gradient(
     return total / count, [sum_ / count for sum_ in gradient]
 
 
-def filter_normalised_direction(weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def filter_normalised_direction(
+    weights: Sequence[Tensor], generator: torch.Generator, model: nn.Module | None = None
+) -> list[Tensor]:
     """Draw a random direction in which every filter is as long as the model's own.
 
     Source: Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets", https://arxiv.org/abs/1712.09913. A filter
-    is a row of a matrix (all that leads to one output) or one output channel of a convolution. As there, biases and
-    the weights of normalisation layers, which have one dimension, stay where they are.
+    is all that leads to one output: a row of a matrix (a column in GPT-2's `Conv1D`, which stores them the other way
+    round) or one output channel of a convolution. As there, biases and the weights of normalisation layers, which have
+    one dimension, stay where they are.
 
     Args:
         weights: The weights, of any shapes.
         generator: Source of randomness, on the CPU, so that a seed means the same on every device.
+        model: The model of the weights, where it may have `Conv1D` layers; None takes rows everywhere.
 
     Returns:
         Float32 tensors of the weights' shapes on the weights' devices. A filter of zeros gets zeros.
     """
+    by_input = set() if model is None else _stored_by_input(model)
     direction = []
     for weight in weights:
         draw = torch.randn(weight.shape, generator=generator)
         if weight.ndim < 2:
             direction.append(torch.zeros_like(weight, dtype=torch.float32))
             continue
-        dims = tuple(range(1, weight.ndim))
+        dims = (0,) if id(weight) in by_input else tuple(range(1, weight.ndim))
         draw = draw.to(weight.device)
         length = torch.linalg.vector_norm(draw, dim=dims, keepdim=True)
         wanted = torch.linalg.vector_norm(weight.detach().float(), dim=dims, keepdim=True)
         direction.append(draw * (wanted / length.clamp_min(torch.finfo(torch.float32).tiny)))
     return direction
+
+
+def _stored_by_input(model: nn.Module) -> set[int]:
+    """Return the ids of the matrices that are stored as [inputs, outputs]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
 
 
 def move(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import ModelError
+from .errors import LabelMismatchError, ModelError, RobustnessError
 from .seeding import generators_kept
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -29,7 +30,8 @@ def load_classifier(
 
     Args:
         name_or_path: Folder or hub name of a whole model, or of a PEFT adapter, whose base model is then loaded too.
-        num_labels: Number of classes.
+        num_labels: Number of classes, for a head that the folder does not contain; a whole classifier keeps its own,
+            which `label_order` compares with the data's.
         tokenizer: Folder or hub name of the tokenizer; None for the model's (an adapter's base model's) own.
         device: Where to put the model.
         dtype: Precision of the weights: float32, bfloat16 or float16.
@@ -39,37 +41,63 @@ def load_classifier(
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        ModelError: If there is no such model, or it is no classifier.
+        LabelMismatchError: If an adapter's head has another number of classes.
+        ModelError: If there is no such model, its files are not whole, or it is no classifier.
     """
     from transformers import AutoTokenizer
 
     if dtype not in PRECISIONS:
         raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(PRECISIONS)}.")
     name = os.fspath(name_or_path)
-    options: dict[str, Any] = {"num_labels": num_labels, "dtype": PRECISIONS[dtype]}
     try:
         with generators_kept():
             torch.manual_seed(seed)
-            model = _load_model(name, options)
+            model = _load_model(name, num_labels, PRECISIONS[dtype])
         words = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_source(name))
-    except (OSError, ValueError, KeyError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model={name!r} cannot be loaded as a sequence classifier ({first})") from error
+    except RobustnessError:
+        raise
+    except Exception as error:  # an unknown name, a truncated file and an unknown kind of model raise their own each
+        raise ModelError(
+            f"model={name!r} cannot be loaded as a sequence classifier ({_first_line(error)}); pass a name that the "
+            "hub has, or the folder of a whole model and its tokenizer."
+        ) from error
     return model.to(device).eval(), words
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_adapter(name: str) -> bool:
     return (Path(name) / "adapter_config.json").is_file()
 
 
-def _load_model(name: str, options: dict[str, Any]) -> nn.Module:
+def _load_model(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
     if _is_adapter(name):
-        from peft import AutoPeftModelForSequenceClassification
+        return _load_adapter(name, num_labels, dtype)
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        return AutoPeftModelForSequenceClassification.from_pretrained(name, **options)
-    from transformers import AutoModelForSequenceClassification
+    architectures = getattr(AutoConfig.from_pretrained(name), "architectures", None) or ()
+    has_head = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
+    # Another number of classes than the head's would not load, with a trace and no word about the data.
+    options = {} if has_head else {"num_labels": num_labels}
+    return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **options)
 
-    return AutoModelForSequenceClassification.from_pretrained(name, **options)
+
+def _load_adapter(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
+    from peft import AutoPeftModelForSequenceClassification
+
+    try:
+        return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=dtype)
+    except RuntimeError as error:
+        # An adapter's files do not say how many classes its head has; the complaint about the head does.
+        found = re.search(rf"size mismatch for .*?\[(\d+).*?\[{num_labels}[,\]]", str(error))
+        if found is None or found[1] == str(num_labels):
+            raise
+        raise LabelMismatchError(
+            f"num_labels={num_labels}: the head of the adapter {name!r} has {found[1]} classes; evaluate a model "
+            "trained on this task."
+        ) from error
 
 
 def _tokenizer_source(name: str) -> str:

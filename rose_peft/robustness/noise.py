@@ -1,8 +1,13 @@
 """A stress test without a search: accuracy on texts with typos, homoglyphs, synonyms and the like.
 
-The rate is the share of words that are hit. Which words are hit, and how, depends on the seed, the kind and the
-example only, never on the model: every model compared reads the same noisy texts, and the words hit at a low rate are
-among those hit at a higher one, so that a curve over rates shows the strength and not the luck of the draw.
+The rate is the chance of each word to be hit, and not every hit changes the word: numbers and punctuation have no
+letters, words of one letter cannot lose it, and many words have no synonym. At rate 1 on SST-2, 40 % of the words
+change under synonyms, 83 % under swaps, deletions and whitespace, 89 % under typos, homoglyphs and casing. So read a
+curve together with `NoiseResult.words_changed`: where it is flat, there may be little noise rather than robustness.
+
+Which words are hit, and how, depends on the seed, the kind and the example only, never on the model: every model
+compared reads the same noisy texts, and the words hit at a low rate are among those hit at a higher one, so that a
+curve over rates shows the strength and not the luck of the draw.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -158,15 +163,18 @@ def missing_for(kind: str) -> str | None:
     return next((what.lack() for what in (NLTK_WORDNET, NLTK_STOPWORDS) if what.lack()), None)
 
 
-def add_noise(text: str, kind: str, rate: float, seed: int = 0, example: int = 0) -> str:
+def add_noise(text: str, kind: str, rate: float, seed: int = 0, example: int = 0, column: int = 0) -> str:
     """Hit about `rate` of the words of a text with one edit each; spaces between words stay as they are.
+
+    With the position of an example (`Examples.indices`) and of its column, it is what `evaluate_noise` evaluates.
 
     Args:
         text: The text. Words are what stands between spaces.
         kind: One of `KINDS`.
         rate: Chance of each word to be hit, 0 to 1. Words that the kind cannot change (a number, for typos) stay.
         seed: Seed of the noise.
-        example: Number of the example, so that equal texts get different noise.
+        example: Position of the example, so that equal texts get different noise.
+        column: Position of the text in a pair, likewise.
 
     Returns:
         The noisy text, the same for the same arguments on every machine.
@@ -180,22 +188,32 @@ def add_noise(text: str, kind: str, rate: float, seed: int = 0, example: int = 0
         raise MissingResourceError(f"noise {kind!r} needs {lack}")
     if not 0 <= rate <= 1:
         raise RobustnessError(f"rate={rate}: is a share of words and must lie between 0 and 1.")
-    return _noisy(text, KINDS[kind], rate, f"{seed}/{kind}/{example}")
+    return _noisy(text, kind, rate, f"{seed}/{kind}/{example}/{column}").text
 
 
-def _noisy(text: str, edit: Edit, rate: float, key: str) -> str:
+class _Noisy(NamedTuple):
+    """A noisy text, how many words the text had, and how many of them changed."""
+
+    text: str
+    words: int
+    changed: int
+
+
+def _noisy(text: str, kind: str, rate: float, key: str) -> _Noisy:
     # Seeding by a string is stable across processes and versions; hash() of a string is not.
     threshold = random.Random(key)
     parts = []
-    end = 0
+    end = words = changed = 0
     for number, match in enumerate(_WORD.finditer(text)):
         parts.append(text[end : match.start()])
         end = match.end()
         hit = threshold.random() < rate
         # A draw of its own for each word: what happens to it does not depend on which others are hit.
-        changed = edit(match.group(), random.Random(f"{key}/{number}")) if hit else None
-        parts.append(match.group() if changed is None else changed)
-    return "".join(parts) + text[end:]
+        edited = KINDS[kind](match.group(), random.Random(f"{key}/{number}")) if hit else None
+        parts.append(match.group() if edited is None else edited)
+        words += 1
+        changed += edited is not None
+    return _Noisy("".join(parts) + text[end:], words, changed)
 
 
 @dataclass(frozen=True)
@@ -205,13 +223,13 @@ class NoiseResult:
     Args:
         clean: Accuracy without noise.
         noisy: Kind of noise -> rate -> accuracy.
-        changed: Kind of noise -> rate -> share of texts that the noise changed at all.
+        words_changed: Kind of noise -> rate -> share of all words of all texts that the noise changed.
         unavailable: Kind that could not run -> what it needs.
     """
 
     clean: Figure
     noisy: dict[str, dict[float, Figure]]
-    changed: dict[str, dict[float, float]] = field(default_factory=dict)
+    words_changed: dict[str, dict[float, float]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Figure]:
@@ -274,20 +292,18 @@ def evaluate_noise(
     predictor = Predictor.for_examples(model, tokenizer, examples, **options)
     clean = share_figure(predictor.correct(examples))
     noisy: dict[str, dict[float, Figure]] = {kind: {} for kind in runnable}
-    changed: dict[str, dict[float, float]] = {kind: {} for kind in runnable}
+    words_changed: dict[str, dict[float, float]] = {kind: {} for kind in runnable}
     settings = [(kind, rate) for kind in runnable for rate in rates]
     for kind, rate in tqdm(settings, desc="noise", disable=not progress):
-        texts = [
-            tuple(
-                _noisy(part, KINDS[kind], rate, f"{seed}/{kind}/{index}/{column}") for column, part in enumerate(text)
-            )
+        rows = [
+            [_noisy(part, kind, rate, f"{seed}/{kind}/{index}/{column}") for column, part in enumerate(text)]
             for index, text in zip(examples.indices, examples.texts, strict=True)
         ]
-        guesses = predictor.classes(texts)
+        guesses = predictor.classes([tuple(part.text for part in row) for row in rows])
         noisy[kind][rate] = share_figure([a == b for a, b in zip(guesses, examples.labels, strict=True)])
-        different = sum(after != before for after, before in zip(texts, examples.texts, strict=True))
-        changed[kind][rate] = different / len(texts)
-    return NoiseResult(clean, noisy, changed, unavailable)
+        words = sum(part.words for row in rows for part in row)
+        words_changed[kind][rate] = sum(part.changed for row in rows for part in row) / max(1, words)
+    return NoiseResult(clean, noisy, words_changed, unavailable)
 
 
 def plot_noise(results: Mapping[str, NoiseResult], path: str | os.PathLike[str] | None = None) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -47,12 +48,25 @@ def longest_input(tokenizer: Any, config: Any) -> int:
     # Tokenizers without a limit of their own carry a huge number.
     if 0 < getattr(tokenizer, "model_max_length", 0) < 1_000_000:
         limits = [int(tokenizer.model_max_length)]
+    positions = _positions(config)
+    return min(limits if positions is None else [*limits, positions])
+
+
+def _positions(config: Any) -> int | None:
+    """Return how many positions the configuration names, without those that cannot be used."""
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 2:
-        # RoBERTa-like models count positions from the padding index on, so two of the table cannot be used.
-        reserved = 2 if getattr(config, "model_type", "") in _OFFSET_POSITIONS else 0
-        limits.append(positions - reserved)
-    return min(limits)
+    if not isinstance(positions, int) or positions <= 2:
+        return None
+    # RoBERTa-like models count positions from the padding index on, so two of the table cannot be used.
+    return positions - (2 if getattr(config, "model_type", "") in _OFFSET_POSITIONS else 0)
+
+
+def _looks_positions_up(model: nn.Module) -> bool:
+    """Tell a table of positions, at whose end a model fails, from relative and rotary positions, which go on."""
+    return any(
+        isinstance(module, nn.Embedding) and re.search(r"position|wpe", name.rpartition(".")[2])
+        for name, module in model.named_modules()
+    )
 
 
 _OFFSET_POSITIONS = {
@@ -73,12 +87,13 @@ class Predictor:
         model: Any `transformers` classifier or `PeftModel` of one, on any device, in any precision.
         tokenizer: Its tokenizer.
         batch_size: Texts per forward pass.
-        max_length: Longest input in tokens; longer ones are truncated. None for what tokenizer and model allow.
+        max_length: Longest input in tokens, special ones included; longer ones are truncated. None for what tokenizer
+            and model allow.
         bf16: Run the forward passes under bfloat16 autocast.
         order: Class index of each label number (see `label_order`); None keeps the model's order.
 
     Raises:
-        ModelError: If the tokenizer cannot pad.
+        ModelError: If the tokenizer cannot pad, or the model has fewer positions than the longest input.
     """
 
     def __init__(
@@ -104,6 +119,11 @@ class Predictor:
         self.config = getattr(model, "config", None)
         if max_length is not None and max_length < 1:
             raise ModelError(f"max_length={max_length}: must be at least 1 token; leave it out for the model's own.")
+        positions = _positions(self.config)
+        if max_length and positions and max_length > positions and _looks_positions_up(model):
+            raise ModelError(
+                f"max_length={max_length}: the model has {positions} positions; pass at most that, or leave it out."
+            )
         self.max_length = max_length or longest_input(tokenizer, self.config)
         self.bf16 = bf16
         self.order = None if order is None else list(order)
@@ -119,8 +139,18 @@ class Predictor:
         return cls(model, tokenizer, order=label_order(getattr(model, "config", None), examples), **options)
 
     def encode(self, texts: Sequence[Text]) -> dict[str, Tensor]:
-        """Tokenize texts into one padded batch of shape `[texts, tokens]` on the CPU."""
+        """Tokenize texts into one padded batch of shape `[texts, tokens]` on the CPU.
+
+        Raises:
+            ModelError: If the special tokens alone fill the longest input; tokenizers then do not truncate at all.
+        """
         columns = _columns(texts)
+        special = self.tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
+        if self.max_length <= special:
+            raise ModelError(
+                f"max_length={self.max_length}: leaves no room for text beside {special} special tokens; pass more, "
+                "or leave it out for the model's own."
+            )
         return dict(
             self.tokenizer(*columns, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         )

@@ -64,7 +64,7 @@ def test_adv_glue_loads_in_the_layout_it_is_published_in(tmp_path: Path) -> None
 
 
 def test_adv_glue_names_the_attacks_where_the_annotated_file_is_there(tmp_path: Path) -> None:
-    """The layout of AdvGLUE's dev_ann.json; it goes before dev.json, which says less about the same examples."""
+    """The layout of AdvGLUE's dev_ann.json; it goes before the others, which say less about the same examples."""
     (tmp_path / "adv_glue").mkdir()
     pair = {"sentence1": "a", "sentence2": "b", "label": 0}
     annotated = [
@@ -75,6 +75,9 @@ def test_adv_glue_names_the_attacks_where_the_annotated_file_is_there(tmp_path: 
     (tmp_path / "adv_glue" / "dev.json").write_text(json.dumps({"rte": [pair]}))
     assert load_adv_glue("rte", tmp_path).sources is None
     (tmp_path / "adv_glue" / "dev_ann.json").write_text(json.dumps({"rte": annotated}))
+    # As on the hub, without the attacks.
+    (tmp_path / "adv_glue" / "adv_rte").mkdir()
+    pandas.DataFrame([pair]).to_parquet(tmp_path / "adv_glue" / "adv_rte" / "validation.parquet")
     examples = load_adv_glue("rte", tmp_path)
     assert examples.texts == (("a", "b"),) * 3
     assert examples.sources == ("textbugger", "human", "unnamed")
@@ -135,6 +138,7 @@ def test_unreachable_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"text": [None], "label": [0]}, "example 0 is"),
         ({"text": ["a"], "label": ["spam"]}, "label='spam' is text and no label names are given"),
         ({"text": ["a"], "label": [0.5]}, "is no class"),
+        ({"text": ["a"], "label": [float("inf")]}, "is no class"),
     ],
 )
 def test_unusable_tables_are_refused(content: dict, message: str) -> None:
@@ -157,6 +161,53 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_named_labels_become_numbers(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("text,label\nfine,pos\nawful,neg\n")
     assert load_file(tmp_path / "x.csv", ["text"], label_names=["neg", "pos"]).labels == (1, 0)
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "jsonl", "json"])
+def test_texts_stay_as_they_are_written(ending: str, tmp_path: Path) -> None:
+    rows = [("NA", 1), ("null", 0), ("None", 1), ("2021", 0), ("1.50", 1), (" 'a' \\", 0)]
+    path = tmp_path / f"x.{ending}"
+    if ending in ("tsv", "csv"):
+        separator = "\t" if ending == "tsv" else ","
+        lines = [separator.join(map(str, row)) for row in [("date", "label"), *rows]]
+        path.write_text("\n".join(lines))
+    else:
+        records = [{"date": text, "label": label} for text, label in rows]
+        path.write_text("\n".join(map(json.dumps, records)) if ending == "jsonl" else json.dumps(records))
+    examples = load_file(path, ["date"])
+    assert examples.texts == tuple((text,) for text, _ in rows)
+    assert examples.labels == tuple(label for _, label in rows)
+
+
+def test_quotes_in_tsv_are_characters(tmp_path: Path) -> None:
+    rows = [('"a fine start', 1), ("bad film", 0), ("dull", 0), ('ends with a quote"', 1), ("good", 1)]
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    examples = load_file(tmp_path / "x.tsv", ["text"])
+    assert list(zip(examples.texts, examples.labels, strict=True)) == [((text,), label) for text, label in rows]
+    (tmp_path / "x.csv").write_text('text,label\n"so, a ""fine"" start",1\n')
+    assert load_file(tmp_path / "x.csv", ["text"]).texts == (('so, a "fine" start',),)
+
+
+@pytest.mark.parametrize("missing", ["", "NA", "nan", "null", "None"])
+def test_a_missing_label_is_reported_and_none_can_be_a_name(missing: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"text,label\nfine,1\nbad,{missing}\n")
+    with pytest.raises(DataError, match="1 of 2 examples have no label"):
+        load_file(tmp_path / "x.csv", ["text"])
+    (tmp_path / "x.csv").write_text("text,label\nfine,pro\nbad,None\n")
+    assert load_file(tmp_path / "x.csv", ["text"], label_names=["None", "pro"]).labels == (1, 0)
+
+
+def test_numbers_in_quotes_are_label_numbers_unless_they_are_names(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "2021", "label": "1"}\n{"text": "2022", "label": "2"}\n')
+    examples = load_file(tmp_path / "x.jsonl", ["text"])
+    assert (examples.texts, examples.labels) == ((("2021",), ("2022",)), (1, 2))
+    assert load_file(tmp_path / "x.jsonl", ["text"], label_names=["1", "2"]).labels == (0, 1)
+
+
+def test_a_missing_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("label\ttext\n1\tfine\n0\n")
+    with pytest.raises(DataError, match=r"example 1 is \(nan,\)"):
+        load_file(tmp_path / "x.tsv", ["text"])
 
 
 def test_samples_are_fixed_and_without_replacement() -> None:

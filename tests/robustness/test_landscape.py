@@ -80,6 +80,25 @@ def test_filters_keep_the_direction_of_the_draw() -> None:
     torch.testing.assert_close(direction, draw / draw.norm(dim=1, keepdim=True) * torch.tensor([[5.0], [2.0]]))
 
 
+def test_filters_of_gpt2_lead_to_one_output_too() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
+
+    small = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    base = GPT2ForSequenceClassification(GPT2Config(**small))
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.ndim == 2}
+    turned = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    assert len(turned) == 4 and turned < set(weights)
+    generator = torch.Generator().manual_seed(0)
+    directions = filter_normalised_direction(list(weights.values()), generator, model)
+    for (name, weight), direction in zip(weights.items(), directions, strict=True):
+        across, along = (0, 1) if name in turned else (1, 0)
+        torch.testing.assert_close(direction.norm(dim=across), weight.detach().norm(dim=across))
+        assert not weight.any() or not torch.allclose(direction.norm(dim=along), weight.detach().norm(dim=along))
+
+
 @pytest.mark.parametrize("dimensions", [1, 2])
 def test_surface_of_a_quadratic_is_the_quadratic(dimensions: int) -> None:
     at, hessian = torch.arange(1.0, 7.0), symmetric(0)

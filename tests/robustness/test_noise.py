@@ -45,7 +45,7 @@ def test_rate_zero_changes_nothing_and_calls_repeat(text: str, kind: str, seed: 
 
 
 def test_noise_is_the_same_in_every_process_and_version() -> None:
-    assert add_noise("an entertaining movie", "typos", 1, seed=7) == "zn entertainibg mocie"
+    assert add_noise("an entertaining movie", "typos", 1, seed=7) == "aj entertainkng movue"
 
 
 @given(st.text("abcdefghijklmnopqrstuvwxyzABC", min_size=2, max_size=12), st.integers(0, 999))
@@ -123,7 +123,7 @@ def test_accuracy_per_kind_and_rate_is_counted(tokenizer, keyword_model: Keyword
     # A typo in the only word that counts loses every positive example; the tokenizer reads no capitals.
     assert result.noisy["typos"][1.0].value == 0.25
     assert 0.25 < result.noisy["typos"][0.5].value < 1.0
-    assert result.changed["typos"][1.0] == 1.0
+    assert result.words_changed["typos"][1.0] == 1.0
     assert result.noisy["casing"][1.0].value == 1.0
     figures = result.figures()
     assert figures["noise/typos@1/accuracy"].n == 40
@@ -132,6 +132,29 @@ def test_accuracy_per_kind_and_rate_is_counted(tokenizer, keyword_model: Keyword
     picture = plot_noise({"a": result, "b": result}, tmp_path / "noise.png")
     assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
     assert [axes.get_title() for axes in picture.axes] == ["typos", "casing"]
+
+
+def test_words_changed_are_counted_over_all_texts(tokenizer, keyword_model: KeywordModel) -> None:
+    data = Examples((("a good film , 9", "a"), ("plot", "of a story")), (1, 0), columns=("a", "b"))
+    result = evaluate_noise(keyword_model, tokenizer, data, kinds=["typos", "deletions"], rates=[1.0], progress=False)
+    # Of ten words the comma and the number have no letters to hit, and three "a" no letter to lose.
+    assert result.words_changed == {"typos": {1.0: 0.8}, "deletions": {1.0: 0.5}}
+    assert not any("words_changed" in name for name in result.figures())
+
+
+def test_the_texts_that_were_evaluated_can_be_made_again(
+    tokenizer, keyword_model: KeywordModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(noise.Predictor, "classes", lambda self, texts: seen.extend(texts) or [0] * len(texts))
+    rows = tuple((f"a very good film of {n}", "the great story") for n in range(9))
+    data = Examples(rows, (0,) * 9, columns=("a", "b")).sample(4, seed=1)
+    evaluate_noise(keyword_model, tokenizer, data, kinds=["swaps"], rates=[0.5], seed=3, progress=False)
+    again = [
+        tuple(add_noise(part, "swaps", 0.5, 3, index, column) for column, part in enumerate(text))
+        for index, text in zip(data.indices, data.texts, strict=True)
+    ]
+    assert seen[-4:] == again and again != list(data.texts)
 
 
 def test_all_models_read_the_same_noise(tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from rose_peft.robustness.data import Examples
-from rose_peft.robustness.errors import ModelError
+from rose_peft.robustness.errors import LabelMismatchError, ModelError
+from rose_peft.robustness.loading import load_classifier
 from rose_peft.robustness.predict import Predictor, evaluating
 
 from .conftest import KeywordModel, tiny_bert
@@ -64,6 +66,75 @@ def test_long_texts_are_cut_at_the_tighter_limit(tokenizer) -> None:
     Predictor(model, tokenizer, max_length=7)(["film " * 500])
     assert model.widths == [48, 7]
     assert Predictor(tiny_bert(tokenizer, max_position_embeddings=32), tokenizer).max_length == 32
+
+
+def test_inputs_longer_than_the_models_positions_are_refused(tokenizer) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    small = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    roberta = RobertaForSequenceClassification(RobertaConfig(**small, max_position_embeddings=66, pad_token_id=1))
+    for model in (tiny_bert(tokenizer), roberta):
+        with pytest.raises(ModelError, match="max_length=65: the model has 64 positions; pass at most that"):
+            Predictor(model, tokenizer, max_length=65)
+        assert Predictor(model, tokenizer, max_length=64)(["film " * 500]).shape == (1, 2)
+
+
+def test_relative_positions_have_no_end(tokenizer) -> None:
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    small = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    relative = {"position_biased_input": False, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**small, **relative, intermediate_size=32, max_position_embeddings=64)
+    predictor = Predictor(DebertaV2ForSequenceClassification(config), tokenizer, max_length=100)
+    assert predictor.encode(["film " * 500])["input_ids"].shape == (1, 100)
+    assert predictor(["film " * 500]).shape == (1, 2)
+
+
+@pytest.mark.parametrize(("texts", "special"), [(["film " * 90], 2), ([("film", "plot")], 3)])
+def test_inputs_without_room_for_text_are_refused(tokenizer, keyword_model, texts: list, special: int) -> None:
+    for max_length in (1, special):
+        message = f"max_length={max_length}: leaves no room for text beside {special} special tokens"
+        with pytest.raises(ModelError, match=message):
+            Predictor(keyword_model, tokenizer, max_length=max_length)(texts)
+    assert Predictor(keyword_model, tokenizer, max_length=special + 1)(texts).shape == (1, 2)
+
+
+def test_a_whole_classifier_keeps_its_classes_and_the_data_decide(tokenizer, tmp_path: Path) -> None:
+    tiny_bert(tokenizer, classes=3).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, words = load_classifier(tmp_path, 2)
+    two = Examples((("good",), ("bad",)), (1, 0), label_names=("negative", "positive"))
+    with pytest.raises(LabelMismatchError, match="num_labels=3: the model has 3 classes, data has 2 labels"):
+        Predictor.for_examples(model, words, two)
+    # Data that name no labels may lack one of the model's classes.
+    nameless = Examples(two.texts, two.labels)
+    assert Predictor.for_examples(model, words, nameless)(two.texts).shape == (2, 3)
+
+
+def test_an_encoder_and_an_adapter_get_the_datas_classes(tokenizer, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny_bert(tokenizer).bert.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = load_classifier(tmp_path / "base", 3)
+    assert model.config.num_labels == 3
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "lora")
+    assert load_classifier(tmp_path / "lora", 3)[0].config.num_labels == 3
+    with pytest.raises(LabelMismatchError, match=r"num_labels=2: the head of the adapter .* has 3 classes; evaluate"):
+        load_classifier(tmp_path / "lora", 2)
+    tiny_bert(tokenizer, hidden_size=32).bert.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"cannot be loaded .*; pass a name that the hub has"):
+        load_classifier(tmp_path / "lora", 3)
+
+
+def test_a_model_whose_file_is_not_whole_is_refused(tokenizer, tmp_path: Path) -> None:
+    tiny_bert(tokenizer).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ModelError, match=rf"^model='{tmp_path}' cannot be loaded .*folder of a whole model"):
+        load_classifier(tmp_path, 2)
 
 
 def test_label_order_reorders_scores(tokenizer) -> None:

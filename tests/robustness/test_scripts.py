@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,10 +69,23 @@ def test_noise_script(model: Path, sst2: Path, tmp_path: Path, capsys: pytest.Ca
     assert (result.method, result.task) == ("plain", "sst2")
     wanted = {"clean/accuracy", "adv_glue/accuracy", "noise/typos@0.5/accuracy", "noise/mean/accuracy"}
     assert wanted <= set(result.figures)
+    assert set(result.config["words_changed"]) == {"typos@0.5", "casing@0.5"}
+    assert all(0 < share < 1 for share in result.config["words_changed"].values())
     assert (tmp_path / "out" / "noise.png").stat().st_size > 1000
-    capsys.readouterr()
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("noise/typos@0.5/accuracy"))
+    assert line.endswith(f"{result.config['words_changed']['typos@0.5']:.1%} of words changed")
     assert script("noise").main([*command, "--kinds", "smudges"]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: kind='smudges' is unknown")
+
+
+def test_noise_script_goes_on_without_adv_glue(model: Path, sst2: Path, tmp_path: Path, capsys) -> None:
+    shutil.rmtree(sst2 / "adv_glue")
+    command = ["--model", str(model), "--task", "sst2", "--data_dir", str(sst2), "--output_dir", str(tmp_path / "out")]
+    assert script("noise").main([*command, "--kinds", "typos", "--rates", "0.5"]) == 0
+    result = load_result(tmp_path / "out" / "noise.json")
+    assert "noise/typos@0.5/accuracy" in result.figures and "adv_glue/accuracy" not in result.figures
+    assert "holds none of validation.parquet" in result.config["unavailable"]["AdvGLUE"]
+    assert f"AdvGLUE is not measured: {result.config['unavailable']['AdvGLUE']}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dimensions", [1, 2])
