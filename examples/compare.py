@@ -255,8 +255,10 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, ResultFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in [*comparison.failures, *report.problems]:
+    for line in comparison.failures:
         print(f"not in the report: {line}", file=sys.stderr)
+    for line in report.problems:
+        print(f"report: {line}", file=sys.stderr)
     print(f"\n{sum(bool(result.figures) for result in report.results)} runs: {report.page}")
     return 1 if comparison.failures else 0
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from variants import use_variant
 
 from rose_peft import ROSEConfig, RoseError
+from rose_peft.robustness.predict import position_limit
 
 
 def embedded_encoder() -> str:
@@ -80,7 +81,7 @@ def build_model(args: TrainArguments, labels: list[str]) -> tuple[nn.Module, Pre
             f"model_name_or_path={name!r} cannot be loaded ({reason(error)}); pass a name that the hub has, or the "
             "folder of a whole model and its tokenizer."
         ) from error
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    limit = min(tokenizer.model_max_length, position_limit(model) or sys.maxsize)
     if args.max_length > limit:
         raise InputError(
             f"max_length={args.max_length} is more than the {limit} tokens that {name!r} takes; lower it."

@@ -26,7 +26,8 @@ class DataArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with glue/TASK/validation.parquet and adv_glue/adv_TASK/validation.parquet. "
+            "help": "Folder with glue/TASK/validation.parquet (mnli: validation_matched.parquet, as on the hub) and "
+            "adv_glue/adv_TASK/validation.parquet, or AdvGLUE's own adv_glue/dev_ann.json or dev.json. "
             "Default: the hub data sets nyu-mll/glue and AI-Secure/adv_glue."
         },
     )

@@ -134,7 +134,7 @@ def loss_surface(
     weights = weights_in_use(model, batches, loss, scope)
     originals = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(seed)
-    directions = [filter_normalised_direction(weights, generator) for _ in range(dimensions)]
+    directions = [filter_normalised_direction(weights, generator, model) for _ in range(dimensions)]
     half = points // 2
     steps = [radius * number / half for number in range(-half, half + 1)]
     rows = steps if dimensions == 2 else [0.0]

@@ -61,12 +61,13 @@ def _positions(config: Any) -> int | None:
     return positions - (2 if getattr(config, "model_type", "") in _OFFSET_POSITIONS else 0)
 
 
-def _looks_positions_up(model: nn.Module) -> bool:
-    """Tell a table of positions, at whose end a model fails, from relative and rotary positions, which go on."""
-    return any(
+def position_limit(model: nn.Module) -> int | None:
+    """Return the length in tokens beyond which a model fails, or None: relative and rotary positions go on."""
+    table = any(
         isinstance(module, nn.Embedding) and re.search(r"position|wpe", name.rpartition(".")[2])
         for name, module in model.named_modules()
     )
+    return _positions(getattr(model, "config", None)) if table else None
 
 
 _OFFSET_POSITIONS = {
@@ -119,8 +120,8 @@ class Predictor:
         self.config = getattr(model, "config", None)
         if max_length is not None and max_length < 1:
             raise ModelError(f"max_length={max_length}: must be at least 1 token; leave it out for the model's own.")
-        positions = _positions(self.config)
-        if max_length and positions and max_length > positions and _looks_positions_up(model):
+        positions = position_limit(model)
+        if max_length and positions and max_length > positions:
             raise ModelError(
                 f"max_length={max_length}: the model has {positions} positions; pass at most that, or leave it out."
             )

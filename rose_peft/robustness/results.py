@@ -105,17 +105,17 @@ class Result:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to `path`; a reader, or a killed writer, never leaves or sees half a file."""
         # The version comes first, so that it can be read from a truncated file too.
-        write_json(path, _finite({"schema_version": self.schema_version, **asdict(self)}))
+        write_json(path, {"schema_version": self.schema_version, **asdict(self)})
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON to `path` in one atomic step, making the folder if need be."""
+    """Write JSON to `path` in one atomic step, making the folder if need be; numbers JSON cannot hold become null."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+            json.dump(_finite(content), file, indent=1, ensure_ascii=False, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -119,6 +119,16 @@ def test_surface_of_a_quadratic_is_the_quadratic(dimensions: int) -> None:
     assert torch.equal(model.w[:, 0], at)
 
 
+def test_surfaces_of_gpt2_move_along_its_outputs() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(2, 3)
+    weight = layer.weight.detach().clone()
+    surface = loss_surface(layer, [0], lambda model, _: model.weight.flatten(), dimensions=1, points=3, seed=3)
+    (direction,) = filter_normalised_direction([layer.weight], torch.Generator().manual_seed(3), layer)
+    assert surface.losses[2] == pytest.approx(float((weight + direction).mean()), abs=1e-6)
+
+
 def test_worst_loss_at_a_minimum_follows_the_largest_eigenvalue() -> None:
     # Turned at random, so that no coordinate is special.
     turn = torch.linalg.qr(symmetric(1)).Q
