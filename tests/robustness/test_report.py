@@ -14,8 +14,9 @@ import pytest
 
 from rose_peft.robustness.errors import ResultFileError
 from rose_peft.robustness.intervals import bootstrap_paired_difference
-from rose_peft.robustness.report import find_results, paired_differences, write_report
+from rose_peft.robustness.report import find_results, write_report
 from rose_peft.robustness.results import SCHEMA_VERSION, Figure, Result, load_result, mean_figure, share_figure
+from rose_peft.robustness.tables import paired_differences
 
 from .conftest import REPOSITORY
 
