@@ -18,6 +18,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from rose_peft.robustness.cli import DataArguments, RunArguments, fail, named
+from rose_peft.robustness.data import Examples
 from rose_peft.robustness.errors import RobustnessError
 from rose_peft.robustness.landscape import (
     Surface,
@@ -53,9 +54,10 @@ class LandscapeArguments:
     probes: int = field(default=16, metadata={"help": "Random probes of the Hessian's trace; 0 leaves it out."})
 
 
-def measure(name: str, path: str, args: LandscapeArguments, data: DataArguments, run: RunArguments) -> Surface:
+def measure(
+    name: str, path: str, examples: Examples, args: LandscapeArguments, data: DataArguments, run: RunArguments
+) -> Surface:
     """Measure one model and write its result file."""
-    examples = data.load().sample(args.num_examples or None, args.seed)
     model, tokenizer = run.load(path, data.classes(examples))
     predictor = Predictor.for_examples(model, tokenizer, examples, **run.options())
     batches, loss = classification_batches(predictor, examples), classification_loss(predictor)
@@ -106,12 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         models = named(args.models)
-        data.load()  # what is wrong with the data is wrong for all models
+        examples = data.load().sample(args.num_examples or None, args.seed)
     except RobustnessError as error:
         return fail(error)
     for name, path in models.items():
         try:
-            surfaces[name] = measure(name, path, args, data, run)
+            surfaces[name] = measure(name, path, examples, args, data, run)
         except RobustnessError as error:
             code = fail(RobustnessError(f"{name}: {error}"))
             continue

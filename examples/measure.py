@@ -11,10 +11,10 @@ from grid import Evaluation
 from rose_peft.robustness import (
     AttackReport,
     DataError,
+    DivergedModelError,
     Examples,
     Figure,
     MissingResourceError,
-    ModelError,
     Predictor,
     ResumeError,
     classification_batches,
@@ -62,6 +62,8 @@ def measure(
             found = evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, clean=examples, **options)
             figures |= found.figures()
         except DataError as error:
+            if data_dir is None:
+                raise  # the hub may be back when the cell is tried again
             unavailable["AdvGLUE"] = str(error)
     if settings.noise_rates:
         kinds = settings.noise_kinds or None
@@ -79,7 +81,7 @@ def measure(
             # Their clean accuracy is one of a sample; the one of the whole set is there already.
             figures |= {name: figure for name, figure in attacks.figures().items() if name.startswith("attack/")}
             unavailable |= {f"attack {name}": lack for name, lack in attacks.unavailable.items()}
-        except (MissingResourceError, ModelError) as error:
+        except (MissingResourceError, DivergedModelError) as error:
             unavailable["attacks"] = str(error)
     if settings.sharpness_examples:
         figures |= _sharpness(

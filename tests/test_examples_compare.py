@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_peft.robustness import Figure, RobustnessError, load_result
 from tests.task import tiny_task
@@ -25,9 +26,10 @@ pytest.importorskip("datasets")
 sys.path.insert(0, str(ROOT / "examples"))
 
 import compare  # noqa: E402
+import measure  # noqa: E402
 import run  # noqa: E402
 from arguments import InputError  # noqa: E402
-from grid import read_grid  # noqa: E402
+from grid import Evaluation, read_grid  # noqa: E402
 
 ATTACKED = find_spec("textattack") is not None and "NLTK_DATA" in os.environ
 
@@ -375,6 +377,20 @@ def test_data_without_adv_glue_cost_the_other_figures_nothing(
     assert {"clean/accuracy", "noise/mean/accuracy"} <= set(found.figures)
     assert "holds none of validation.parquet" in found.config["unavailable"]["AdvGLUE"]
     assert "AdvGLUE was not measured: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")
+def test_a_diverged_model_keeps_the_figures_it_has(inputs: dict[str, str], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(inputs["model"], num_labels=2)
+    model.classifier.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(inputs["model"]).save_pretrained(tmp_path / "model")
+    settings = Evaluation(recipes=["deepwordbug"], attack_examples=3, noise_rates=[], sharpness_examples=8, probes=1)
+    found, unavailable = measure.measure(
+        tmp_path / "model", "sst2", inputs["data"], 32, settings, tmp_path / "attacks"
+    )
+    assert list(unavailable) == ["attacks"] and "scores that are not finite" in unavailable["attacks"]
+    assert found["clean/accuracy"].n and found["landscape/hessian_trace"].value is None
 
 
 @pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")

@@ -16,6 +16,7 @@ from .attacks import AttackReport, RecipeResult, run_attacks
 from .data import TASKS, Examples, examples_from_columns, load_adv_glue, load_file, load_glue, load_hub
 from .errors import (
     DataError,
+    DivergedModelError,
     LabelMismatchError,
     MissingResourceError,
     ModelError,
@@ -50,6 +51,7 @@ __all__ = [
     "AdvGlueResult",
     "AttackReport",
     "DataError",
+    "DivergedModelError",
     "Examples",
     "Figure",
     "Interval",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError, RobustnessError, one_line
+from .errors import DivergedModelError, ModelError, RobustnessError, one_line
 from .predict import Predictor, Text, evaluating, model_device
 from .textattack_offline import import_textattack
 
@@ -38,7 +38,8 @@ class ClassifierWrapper(ModelWrapper):
         """Return class probabilities in float32 on the CPU, of shape `[texts, classes]`.
 
         Raises:
-            ModelError: If the model fails on the texts, or its scores are not finite.
+            ModelError: If the model fails on the texts.
+            DivergedModelError: If its scores are not finite.
         """
         try:
             logits = self.predictor(text_input_list)
@@ -49,7 +50,7 @@ class ClassifierWrapper(ModelWrapper):
                 f"model: {type(self.model).__name__} fails on texts like {text_input_list[0]!r} ({one_line(error)})."
             ) from error
         if not logits.isfinite().all():
-            raise ModelError(
+            raise DivergedModelError(
                 f"model: {type(self.model).__name__} gives scores that are not finite for texts like "
                 f"{text_input_list[0]!r}; did its training diverge?"
             )

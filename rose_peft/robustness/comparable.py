@@ -110,7 +110,7 @@ def unequal_budgets(results: Sequence[Result]) -> list[str]:
 
 
 def broken_attacks(results: Sequence[Result]) -> list[str]:
-    """Name the attacks that broke on examples, which then count nowhere.
+    """Name the attacks that broke on examples, which then count in no accuracy under attack.
 
     Args:
         results: Results, one per method, task and seed.
@@ -123,8 +123,8 @@ def broken_attacks(results: Sequence[Result]) -> list[str]:
                 size = _size(result, f"attack/{match['recipe']}/accuracy_under_attack")
                 lines.append(
                     f"attack/{match['recipe']} of {result.method}, {result.task}, seed {result.seed} broke on "
-                    f"{figure.value:g} of {'its' if size is None else size} examples, which count nowhere; see the "
-                    "column error of its examples.csv."
+                    f"{figure.value:g} of {'its' if size is None else size} examples, which count in no accuracy "
+                    "under attack; see the column error of its examples.csv."
                 )
     return lines
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, UnknownTaskError
+from .errors import DataError, UnknownTaskError, first_line
 
 PathLike = str | os.PathLike[str]
 
@@ -262,7 +262,7 @@ def load_file(
     try:
         table = readers[path.suffix](path)
     except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({_first_line(error)}).") from error
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)}).") from error
     return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
 
 
@@ -300,10 +300,6 @@ def _read_json(path: Path, key: str | None) -> Any:
     return pandas.DataFrame.from_records(content)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def load_hub(
     repository: str,
     config: str | None,
@@ -331,7 +327,7 @@ def load_hub(
         table = datasets.load_dataset(repository, config, split=split)
     except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
         raise DataError(
-            f"{repository}/{config}: not available from the hub ({_first_line(error)}); "
+            f"{repository}/{config}: not available from the hub ({first_line(error)}); "
             "give the folder of local files instead."
         ) from error
     return examples_from_columns(table, text_columns, label_column, label_names, name=f"{repository}/{config}/{split}")

@@ -21,6 +21,10 @@ class ModelError(RobustnessError):
     """The model or tokenizer cannot be evaluated as a classifier of text."""
 
 
+class DivergedModelError(ModelError):
+    """A model's scores are no numbers any more."""
+
+
 class MissingResourceError(RobustnessError):
     """A package, word list or model that the evaluation needs is not on this machine."""
 
@@ -37,7 +41,11 @@ class ResultFileError(RobustnessError):
     """A result file is truncated, or was not written by this version of the kit."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def one_line(error: BaseException) -> str:
     """Return an error's kind and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {first_line(error)}"

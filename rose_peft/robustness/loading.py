@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import LabelMismatchError, ModelError, RobustnessError
+from .errors import LabelMismatchError, ModelError, RobustnessError, first_line
 from .seeding import generators_kept
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -58,14 +58,10 @@ def load_classifier(
         raise
     except Exception as error:  # an unknown name, a truncated file and an unknown kind of model raise their own each
         raise ModelError(
-            f"model={name!r} cannot be loaded as a sequence classifier ({_first_line(error)}); pass a name that the "
+            f"model={name!r} cannot be loaded as a sequence classifier ({first_line(error)}); pass a name that the "
             "hub has, or the folder of a whole model and its tokenizer."
         ) from error
     return model.to(device).eval(), words
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _is_adapter(name: str) -> bool:
