@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, RoseInactiveError, get_selector
 
-from .training import outputs, snapshot, train, train_watched
+from tests.helpers.training import outputs, snapshot, train, train_watched
 
 VOCABULARY, WIDTH, LENGTH = 32, 16, 8
 SIZES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from rose_peft import ROSEConfig, get_selector
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 STEPS = 4
 

@@ -30,8 +30,8 @@ from rose_peft import (
     get_selector,
 )
 
-from .tiny import SIZES, batch, tiny_bert
-from .training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable
+from tests.helpers.tiny import SIZES, batch, tiny_bert
+from tests.helpers.training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable
 
 QUERY_VALUE = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
 NORMS = [f"bert.encoder.layer.{i}.{name}.LayerNorm" for i in (0, 1) for name in ("attention.output", "output")]

@@ -28,8 +28,8 @@ from rose_peft import (
 )
 from rose_peft.selector import _live, _optimizer_hooks
 
-from .tiny import SIZES, batch, tiny_bert
-from .training import optimizer_of, step, train, train_watched
+from tests.helpers.tiny import SIZES, batch, tiny_bert
+from tests.helpers.training import optimizer_of, step, train, train_watched
 
 LORA = {"r": 2, "target_modules": ["query", "value"]}
 

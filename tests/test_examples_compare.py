@@ -19,7 +19,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_peft.robustness import Figure, RobustnessError, load_result
-from tests.task import tiny_task
+from tests.helpers.task import tiny_task
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("datasets")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.task import tiny_task
+from tests.helpers.task import tiny_task
 
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

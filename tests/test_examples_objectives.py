@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rose_peft import ROSEConfig, get_selector
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

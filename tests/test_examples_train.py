@@ -20,7 +20,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from tests.task import tiny_task
+from tests.helpers.task import tiny_task
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("datasets")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, get_selector
 from rose_peft.selector import RoseSelector
-from tests.tiny import batch, tiny_bert
-from tests.training import optimizer_of, step
+from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.training import optimizer_of, step
 
 pytest.importorskip("datasets")
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -32,7 +32,7 @@ from transformers import (
 
 from rose_peft import RoseCallback, ROSEConfig, UnsupportedOptimizerError, attach_rose, detach_rose
 from rose_peft.selector import find_selector
-from tests.tiny import SIZES, tiny_bert
+from tests.helpers.tiny import SIZES, tiny_bert
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")

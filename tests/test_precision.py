@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, attach_rose, get_selector
 from tests.test_update import assert_same, everything
-from tests.tiny import batch, tiny_bert
-from tests.training import train_watched
+from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.training import train_watched
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")

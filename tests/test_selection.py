@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from rose_peft import selection
-from tests import reference
-from tests.traces import REFERENCE, needs_traces
+from tests.helpers import reference
+from tests.helpers.traces import REFERENCE, needs_traces
 
 KINDS = {torch.float32: numpy.float32, torch.float64: numpy.float64}
 

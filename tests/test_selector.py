@@ -35,9 +35,9 @@ from rose_peft import (
 from rose_peft import selector as selector_module
 from rose_peft import statistics as statistics_module
 from rose_peft.statistics import SelectionState
-from tests import reference
+from tests.helpers import reference
 from tests.test_accidents import DropoutBlocks
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 STRATEGIES = ["first_order", "second_order", "ensemble"]
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from rose_peft import ROSEConfig, attach_rose, selection
 from rose_peft import selector as selector_module
 from rose_peft.selector import RoseSelector, find_selector
-from tests import reference
-from tests.traces import by_name, manifest, needs_traces, recorded, runs, tensors
+from tests.helpers import reference
+from tests.helpers.traces import by_name, manifest, needs_traces, recorded, runs, tensors
 
 pytestmark = needs_traces
 

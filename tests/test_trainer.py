@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
 from rose_peft.selector import RoseSelector
-from tests.tiny import SIZES, tiny_bert
-from tests.training import outputs
+from tests.helpers.tiny import SIZES, tiny_bert
+from tests.helpers.training import outputs
 
 
 def rows(count: int = 32) -> list[dict[str, Any]]:

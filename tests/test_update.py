@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 
 from rose_peft import ROSEConfig, UnsupportedOptimizerError, attach_rose
 from rose_peft.selector import FOREIGN_STEPS, RoseSelector
-from tests import reference
+from tests.helpers import reference
 
 SHARES = (0.0, 0.3, 0.5, 0.7, 1.0)
 
@@ -740,7 +740,7 @@ def assert_same(one, other) -> None:
 
 def scaled_run(fused: bool, strategy: str, overflow_at: int | None, scaler_on: bool = True, unscale: bool = False):
     """Five steps of a real model, with a scaler, and one more step in between whose gradients overflow."""
-    from tests.tiny import batch, tiny_bert
+    from tests.helpers.tiny import batch, tiny_bert
 
     model = tiny_bert()
     selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.5))

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from rose_peft import RoseCallback, ROSEConfig, get_selector
 from tests.test_trainer import rows
-from tests.tiny import tiny_bert
+from tests.helpers.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 

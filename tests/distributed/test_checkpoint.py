@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rose_peft import ROSEConfig, attach_rose, get_selector
 from tests.distributed.test_fsdp1 import group
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 __all__ = ["group"]
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from rose_peft import ROSEConfig, UnsupportedEngineError, attach_rose, get_selector
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 
 @pytest.fixture

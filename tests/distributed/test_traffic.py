@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rose_peft import ROSEConfig, attach_rose, distributed, get_selector
 from tests.distributed.test_fsdp1 import group
-from tests.tiny import batch, tiny_bert
+from tests.helpers.tiny import batch, tiny_bert
 
 __all__ = ["group"]
 PASSES = 3  # numbers that count the risk passes

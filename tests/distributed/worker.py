@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_peft import ROSEConfig, get_selector
-from tests.tiny import tiny_bert
+from tests.helpers.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-REFERENCE = Path(os.environ.get("ROSE_REFERENCE_DIR", Path(__file__).parents[2] / "shared" / "reference"))
+REFERENCE = Path(os.environ.get("ROSE_REFERENCE_DIR", Path(__file__).parents[3] / "shared" / "reference"))
 
 needs_traces = pytest.mark.skipif(
     not (REFERENCE / "traces" / "manifest.json").exists(),
