@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -9,11 +10,17 @@ from torch import nn
 from .config import ROSEConfig
 from .errors import RoseConfigError, RoseError
 from .layer import RoseLayer
+from .scores import Scores
 from .selector import RoseSelector, find_selector
 from .tuner import ROSEModel, refuse_quantized
 
 
-def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
+def attach_rose(
+    model: nn.Module,
+    config: ROSEConfig,
+    scores: Scores | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> RoseSelector:
     """Let ROSE steer the training of a model that PEFT has already wrapped, or of a plain model.
 
     `get_peft_model(model, ROSEConfig(...))` does this by itself; use it for an adapter loaded with
@@ -23,12 +30,14 @@ def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
         model: A PeftModel with a trainable adapter, or any model. Must not be wrapped by DDP or FSDP yet.
         config: Settings. Over an adapter its modules are the units: `base_config` is not needed, `target_modules` and
             `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units.
+        scores: What units are ranked by, in place of ROSE's own scores; see `Scores`.
+        process_group: The processes that train this model, where neither DDP nor FSDP2 around it tells.
 
     Returns:
         The selector, for `statistics()`.
 
     Raises:
-        AlreadyAttachedError: If ROSE is attached.
+        AlreadyAttachedError: If ROSE is attached to the model, to a part of it or to a whole around it.
         RoseConfigError: If a field cannot be followed here.
         TargetModulesError: If there is nothing to mask.
         UnsupportedModelError: If a model without an adapter is quantized.
@@ -40,8 +49,9 @@ def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
     if isinstance(model, PeftModel):
         tuner = model.base_model
         base = model.get_base_model()
-        return RoseSelector(base if isinstance(tuner, ROSEModel) else tuner, base, config)
-    return RoseSelector(model, model, config)
+        host = base if isinstance(tuner, ROSEModel) else tuner
+        return RoseSelector(host, base, config, scores, process_group)
+    return RoseSelector(model, model, config, scores, process_group)
 
 
 def _check_config(config: ROSEConfig, over_adapter: bool) -> None:

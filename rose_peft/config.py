@@ -107,6 +107,16 @@ class ROSEConfig(PeftConfig):
             self._check_base_config(self.base_config)
             self._take_over(self.base_config)
 
+    @property
+    def needs_risk_pass(self) -> bool:
+        """Whether the strategy looks at the dropout divergence."""
+        return self.strategy != "second_order"
+
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether the strategy compares gradients with the momentum."""
+        return self.strategy != "first_order"
+
     def _check_selection(self) -> None:
         if self.strategy not in STRATEGIES:
             raise RoseConfigError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")

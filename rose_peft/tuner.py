@@ -83,15 +83,6 @@ class ROSEModel(BaseTuner):
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the adapter; ROSE goes on with that adapter's settings."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        selector = find_selector(self.model)
-        name = adapter_name if isinstance(adapter_name, str) else next(iter(adapter_name), None)
-        config: Any = self.peft_config.get(name) if name is not None else None
-        if selector is not None and config is not None and selector.config is not config:
-            selector.hand_over(config)
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
 
