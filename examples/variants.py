@@ -30,10 +30,10 @@ class RandomScores:
         return ()
 
     def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
-        """Draw."""
+        """Draw; second order cannot rank anything in its first step, and this neither."""
         generator = torch.Generator().manual_seed(1_000_003 * self._seed + facts.steps)
         scores = torch.rand(len(facts.units), generator=generator)
-        return scores.to(facts.dtype), torch.zeros(len(facts.units), dtype=torch.bool)
+        return scores.to(facts.dtype), torch.full((len(facts.units),), facts.steps == 0)
 
 
 class MomentumChange:

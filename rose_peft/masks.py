@@ -114,7 +114,7 @@ def rank(scores: Tensor, unranked: Tensor, lower: float, upper: float) -> Rankin
     return Ranking(scores, thresholds, mask)
 
 
-def decide(first: Tensor | None, second: Tensor | None, gamma: float) -> Tensor:
+def mix_or_either(first: Tensor | None, second: Tensor | None, gamma: float) -> Tensor:
     """The mask of a step (section 3.3 step 4 of the reference): one of both, or the mix.
 
     Args:

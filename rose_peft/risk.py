@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .decision import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedModelError
 from .norms import IndexedTensors, local_part, square_norms, square_norms_per_unit
 from .outputs import is_causal, logits_of, loss_of, tensors_of, with_loss
-from .state import RiskFigures
 
 # What a window counts besides norms: passes that were finite, skipped, equal and whole, and processes without any.
 COUNTS = 5

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decision import Decision, RiskFigures
 from .errors import RoseError
-from .masks import Ranking
 
 # Key in a parameter group, and the version of what lies there.
 STATE_KEY = "rose"
@@ -90,53 +90,6 @@ def _json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass(frozen=True)
-class RiskFigures:
-    """What the risk passes of one step said, summed over all processes.
-
-    Args:
-        square_sum: Squared norms, float64 [U].
-        finite: Number of passes whose gradient was finite.
-        skipped: Number of passes whose gradient was not.
-        equal: Number of passes whose outputs were equal to the last bit.
-        whole: Number of sampled passes that took the whole batch.
-        bypassed: Number of processes whose gradients come from calls that went past the hook.
-    """
-
-    square_sum: Tensor
-    finite: float = 0
-    skipped: float = 0
-    equal: float = 0
-    whole: float = 0
-    bypassed: float = 0
-
-    @property
-    def passes(self) -> float:
-        """Number of passes, finite or not."""
-        return self.finite + self.skipped
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided for one step; it is recorded once the optimizer has stepped.
-
-    Args:
-        masks: What acts, float32 [U].
-        stepped: Units that have a gradient, bool [U].
-        first: The first-order ranking, or None without a new one.
-        second: The second-order ranking, or None without one.
-        risk: What the risk passes said, or None without any.
-        average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
-    """
-
-    masks: Tensor
-    stepped: Tensor
-    first: Ranking | None = None
-    second: Ranking | None = None
-    risk: RiskFigures | None = None
-    average: Tensor | None = None
 
 
 # The risk scale keeps half-precision divergence gradients from flushing to zero. It is there for every dtype, because

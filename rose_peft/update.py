@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .norms import local_part
-from .optimizers import Group, MomentumRule, momentum_of
+from .optimizers import Group, MomentumRule, momentum_of, readable_rule
+from .scores import Stepping
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,27 @@ class Masked:
     share: float
     rest: float
     rule: MomentumRule | None
+
+
+def masked_parameters(mask: Tensor, stepping: Sequence[Stepping]) -> list[Masked]:
+    """Say for each parameter that is stepped how much of its update is held back; those with mask 1 are left out.
+
+    Args:
+        mask: float32 [U].
+        stepping: The parameters with a gradient.
+    """
+    shares, rests = mask.tolist(), (1 - mask).tolist()
+    return [
+        Masked(
+            entry.param,
+            entry.group,
+            shares[entry.index],
+            rests[entry.index],
+            readable_rule(entry.optimizer, entry.group, entry.param),
+        )
+        for entry in stepping
+        if shares[entry.index] < 1
+    ]
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .decision import RiskFigures
 from .dropout import dropout_modules
 from .errors import RoseInactiveError
 from .norms import IndexedTensors, local_part
-from .state import RiskFigures
 
 # Training passes without a masked step from which on it is watched whether the weights change all the same.
 QUIET_PASSES = 16

@@ -36,7 +36,8 @@ from rose_peft import (
 )
 from rose_peft import state as statistics_module
 from rose_peft import watchdog as watchdog_module
-from rose_peft.state import Decision, SelectionState
+from rose_peft.decision import Decision
+from rose_peft.state import SelectionState
 from tests.helpers import reference
 from tests.helpers.blocks import DropoutBlocks
 from tests.helpers.steps import STRATEGIES, adamw, config, train_step

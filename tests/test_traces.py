@@ -118,7 +118,7 @@ class MaskWatch:
             found["mask_first"] = state.first_mask.clone()
         if config.needs_momentum:
             found["mask_second"] = state.second_mask.clone()
-        found["mask_final"] = masks.decide(found.get("mask_first"), found.get("mask_second"), config.gamma)
+        found["mask_final"] = masks.mix_or_either(found.get("mask_first"), found.get("mask_second"), config.gamma)
         found["mask_applied"] = self.selector.state.last_mask.clone()
         names = [unit.name for unit in self.selector.units]
         assert sorted(names) == sorted(ORDER)
@@ -266,7 +266,7 @@ def test_masks_from_recorded_scores(record_figures):
                     wanted = recorded(name, "score_second", step)
                     torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-6)
                     found["mask_second"], _ = masks.quantile_band(wanted, *levels, momentum == 0)
-            found["mask_final"] = masks.decide(found.get("mask_first"), found.get("mask_second"), run["gamma"])
+            found["mask_final"] = masks.mix_or_either(found.get("mask_first"), found.get("mask_second"), run["gamma"])
             warm = step <= run["num_warmup_steps"]
             found["mask_applied"] = torch.ones(len(ORDER)) if warm else found["mask_final"]
             tally.compare_masks(name, step, found, expected_masks(name, step))

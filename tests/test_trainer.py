@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
-from rose_peft.selector import RoseSelector, Steered
+from rose_peft.selector import RoseSelector
+from rose_peft.steered import Steered
 from tests.helpers.tiny import SIZES, tiny_bert
 from tests.helpers.training import outputs
 

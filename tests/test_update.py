@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
 from rose_peft import ROSEConfig, UnsupportedOptimizerError, attach_rose
+from rose_peft.decision import Decision
 from rose_peft.scores import Stepping
-from rose_peft.selector import RoseSelector, Steered
-from rose_peft.state import Decision
+from rose_peft.selector import RoseSelector
+from rose_peft.steered import Steered
 from tests.helpers import reference
 from tests.helpers.blocks import Blocks, set_gradients, weights
 from tests.helpers.comparing import assert_same, everything
