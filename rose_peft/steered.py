@@ -1,0 +1,78 @@
+"""A module that finds the copies of its own parameters under their names, whoever calls which of its methods."""
+
+from __future__ import annotations
+
+import copyreg
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import UnsupportedModelError
+
+# In the module's `__dict__` and not among its children: the layer is around it, and a cycle of modules has no end.
+_LAYER = "_rose_layer"
+_PLAIN = "_rose_plain_class"
+
+
+def steer(module: nn.Module, layer: nn.Module, names: list[str]) -> None:
+    """Let the attributes of a module's parameters be what a layer around it answers.
+
+    Swapping parameters in for the time of a call would not do: a block that checkpoints itself runs again in the
+    backward pass, and other methods than `forward` may be called. What `parameters()` and `state_dict()` show stays.
+
+    Args:
+        module: Changes its class to a subclass of it with the same name.
+        layer: Has a method `tensor_in_use(name)`.
+        names: The module's own parameters.
+
+    Raises:
+        UnsupportedModelError: If the class does not let its parameters be found elsewhere.
+    """
+    plain = type(module)
+    taken = next((name for name in names if hasattr(plain, name)), None)
+    if taken is not None:
+        raise UnsupportedModelError(
+            f"{plain.__name__} has a parameter {taken!r} and a class attribute of that name, so a trained copy of it "
+            "cannot take its place. Rename one, or leave the module out by exclude_modules."
+        )
+    try:
+        module.__class__ = _steered_class(plain, tuple(names))
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{plain.__name__} has parameters {names} of its own, and its class does not let a trained copy take their "
+            f"place ({error}). Leave the module out by exclude_modules."
+        ) from error
+    module.__dict__[_LAYER] = layer
+
+
+def release(module: nn.Module) -> None:
+    """Give a module its own class and parameters back; does nothing for one that was not steered."""
+    plain = getattr(type(module), _PLAIN, None)
+    if plain is not None and module.__dict__.pop(_LAYER, None) is not None:
+        module.__class__ = plain
+
+
+@cache
+def _steered_class(plain: type, names: tuple[str, ...]) -> type:
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        reduced = plain.__reduce_ex__(self, protocol)
+        if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        return (_blank, (plain, names), *reduced[2:])  # a class made here has no name that pickle could look up
+
+    members: dict[str, Any] = {name: _property(name) for name in names}
+    members |= {"__reduce_ex__": reduce_ex, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (plain,), {**members, _PLAIN: plain})
+
+
+def _property(name: str) -> property:
+    def get(self: nn.Module) -> Tensor | None:
+        return self.__dict__[_LAYER].tensor_in_use(name)
+
+    return property(get)
+
+
+def _blank(plain: type, names: tuple[str, ...]) -> Any:
+    cls = _steered_class(plain, names)
+    return cls.__new__(cls)
