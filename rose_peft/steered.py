@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copyreg
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-
-from .errors import UnsupportedModelError
 
 # In the module's `__dict__` and not among its children: the layer is around it, and a cycle of modules has no end.
 _LAYER = "_rose_layer"
 _PLAIN = "_rose_plain_class"
 
 
-def steer(module: nn.Module, layer: nn.Module, names: list[str]) -> None:
+def steer(module: nn.Module, layer: nn.Module, names: Sequence[str]) -> None:
     """Let the attributes of a module's parameters be what a layer around it answers.
 
     Swapping parameters in for the time of a call would not do: a block that checkpoints itself runs again in the
@@ -25,25 +24,27 @@ def steer(module: nn.Module, layer: nn.Module, names: list[str]) -> None:
         module: Changes its class to a subclass of it with the same name.
         layer: Has a method `tensor_in_use(name)`.
         names: The module's own parameters.
+    """
+    module.__class__ = _steered_class(type(module), tuple(names))
+    module.__dict__[_LAYER] = layer
 
-    Raises:
-        UnsupportedModelError: If the class does not let its parameters be found elsewhere.
+
+def obstacle(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why a module cannot be steered, or None where it can.
+
+    Args:
+        module: Any module.
+        names: Its own parameters.
     """
     plain = type(module)
     taken = next((name for name in names if hasattr(plain, name)), None)
     if taken is not None:
-        raise UnsupportedModelError(
-            f"{plain.__name__} has a parameter {taken!r} and a class attribute of that name, so a trained copy of it "
-            "cannot take its place. Rename one, or leave the module out by exclude_modules."
-        )
+        return f"{plain.__name__} has a class attribute {taken!r} beside its parameter of that name"
     try:
-        module.__class__ = _steered_class(plain, tuple(names))
+        _steered_class(plain, tuple(names))
     except TypeError as error:
-        raise UnsupportedModelError(
-            f"{plain.__name__} has parameters {names} of its own, and its class does not let a trained copy take their "
-            f"place ({error}). Leave the module out by exclude_modules."
-        ) from error
-    module.__dict__[_LAYER] = layer
+        return f"{plain.__name__} does not let itself be subclassed ({error})"
+    return None
 
 
 def release(module: nn.Module) -> None:
