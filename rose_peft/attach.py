@@ -85,7 +85,9 @@ def _resolved(model: nn.Module, config: ROSEConfig) -> ROSEConfig:
     for name in saved:
         found = [path for path, _ in model.named_parameters() if f".{name}." in f".{path}"]
         if not found and config.task_type is None:  # heads that PEFT knows of for the task need not exist
-            raise RoseConfigError(f"modules_to_save={saved!r}: {name!r} matches no module with parameters; correct it.")
+            raise RoseConfigError(
+                f"modules_to_save={saved!r}: {name!r} matches no module with parameters; correct it."
+            )
         if found and not any(model.get_parameter(path).requires_grad for path in found):
             raise RoseConfigError(
                 f"modules_to_save={saved!r}: {name!r} is frozen, and attach_rose lets a model train as it is; call "

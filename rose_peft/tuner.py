@@ -303,9 +303,7 @@ def refuse_quantized(model: nn.Module) -> None:
         )
 
 
-def _build_inner(
-    model: nn.Module, config: ROSEConfig, adapter_name: str, wrapped: bool, **kwargs: Any
-) -> BaseTuner:
+def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, wrapped: bool, **kwargs: Any) -> BaseTuner:
     """Build the tuner of the base config and attach ROSE, to the tuner where a PeftModel will keep it."""
     inner = copy.deepcopy(config.base_config)
     assert inner is not None
