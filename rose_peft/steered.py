@@ -25,7 +25,8 @@ def steer(module: nn.Module, layer: nn.Module, names: Sequence[str]) -> None:
         layer: Has a method `tensor_in_use(name)`.
         names: The module's own parameters.
     """
-    module.__class__ = _steered_class(type(module), tuple(names))
+    plain: Any = type(module)
+    module.__class__ = _steered_class(plain, tuple(names))
     module.__dict__[_LAYER] = layer
 
 
@@ -36,7 +37,7 @@ def obstacle(module: nn.Module, names: Sequence[str]) -> str | None:
         module: Any module.
         names: Its own parameters.
     """
-    plain = type(module)
+    plain: Any = type(module)
     taken = next((name for name in names if hasattr(plain, name)), None)
     if taken is not None:
         return f"{plain.__name__} has a class attribute {taken!r} beside its parameter of that name"
@@ -55,7 +56,7 @@ def release(module: nn.Module) -> None:
 
 
 @cache
-def _steered_class(plain: type, names: tuple[str, ...]) -> type:
+def _steered_class(plain: Any, names: tuple[str, ...]) -> Any:
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]

@@ -238,8 +238,8 @@ class ROSEModel(BaseTuner):
 def own_copy(config: Any) -> Any:
     """Copy a ROSEConfig for one model: what is found out about that model is written into the copy only.
 
-    It names the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner; by then the
-    head would be wrapped as a part of the model, and the inner config would have been copied.
+    It names the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner; by then
+    the head would be wrapped as a part of the model, and the inner config would have been copied.
 
     Args:
         config: As the user gave it; he may use it again for another model.
@@ -256,8 +256,8 @@ def _refuse_unsteerable(model: nn.Module, targets: set[str]) -> None:
             reason = obstacle(module, _own_parameters(module))
             if reason is not None:
                 raise UnsupportedModelError(
-                    f"the parameters {_own_parameters(module)} of {name!r} cannot have trained copies: {reason}. Leave "
-                    f"it out by exclude_modules=[{name!r}], or freeze them (requires_grad_(False))."
+                    f"the parameters {_own_parameters(module)} of {name!r} cannot have trained copies: {reason}. "
+                    f"Leave it out by exclude_modules=[{name!r}], or freeze them (requires_grad_(False))."
                 )
 
 
