@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .errors import UnsupportedModelError
-from .steered import release, steer
+from .overlay import lay_over, lift
 
 # Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
 # several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as
@@ -52,7 +52,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             self.adapter_layer_names = tuple(f"rose_{name}" for name in self.parameter_names)
             for name in self.adapter_layer_names:
                 setattr(self, name, nn.ParameterDict())
-            steer(base_layer, self, self.parameter_names)
+            lay_over(base_layer, self, self.parameter_names)
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
@@ -193,7 +193,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def release(self) -> nn.Module:
         """Give the wrapped module back as it was before the wrapping; the layer is of no use after that."""
         self.forget_unmerged()
-        release(self.base_layer)
+        lift(self.base_layer)
         return self.base_layer
 
     def forget_unmerged(self) -> None:

@@ -21,8 +21,8 @@ from torch import nn
 from .config import ROSEConfig
 from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, UnsupportedModelError
 from .layer import RoseLayer, tie_copies
+from .overlay import obstacle
 from .selector import RoseSelector, find_selector
-from .steered import obstacle
 from .units import base_modules, find_units
 
 _LATE_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -100,7 +100,7 @@ class ROSEModel(BaseTuner):
         refuse_quantized(model)
         _maybe_include_all_linear_layers(peft_config, model)  # in place
         self._targets = self._find_targets(peft_config, model)
-        _refuse_unsteerable(model, self._targets)
+        _refuse_obstacles(model, self._targets)
         if not peft_config.inference_mode:
             find_units(model, peft_config, self._targets)  # refuses before anything is changed
             if peft_config.target_modules is None:
@@ -250,7 +250,7 @@ def own_copy(config: Any) -> Any:
     return copied
 
 
-def _refuse_unsteerable(model: nn.Module, targets: set[str]) -> None:
+def _refuse_obstacles(model: nn.Module, targets: set[str]) -> None:
     for name, module in base_modules(model):
         if name in targets and not isinstance(module, RoseLayer) and any(True for _ in module.children()):
             reason = obstacle(module, _own_parameters(module))

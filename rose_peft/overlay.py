@@ -14,24 +14,24 @@ _LAYER = "_rose_layer"
 _PLAIN = "_rose_plain_class"
 
 
-def steer(module: nn.Module, layer: nn.Module, names: Sequence[str]) -> None:
+def lay_over(module: nn.Module, layer: nn.Module, names: Sequence[str]) -> None:
     """Let the attributes of a module's parameters be what a layer around it answers.
 
     Swapping parameters in for the time of a call would not do: a block that checkpoints itself runs again in the
     backward pass, and other methods than `forward` may be called. What `parameters()` and `state_dict()` show stays.
 
     Args:
-        module: Changes its class to a subclass of it with the same name.
+        module: Its class becomes a subclass of the same name.
         layer: Has a method `tensor_in_use(name)`.
         names: The module's own parameters.
     """
     plain: Any = type(module)
-    module.__class__ = _steered_class(plain, tuple(names))
+    module.__class__ = _overlaid_class(plain, tuple(names))
     module.__dict__[_LAYER] = layer
 
 
 def obstacle(module: nn.Module, names: Sequence[str]) -> str | None:
-    """Why a module cannot be steered, or None where it can.
+    """Why a module cannot have an overlay, or None where it can.
 
     Args:
         module: Any module.
@@ -42,21 +42,21 @@ def obstacle(module: nn.Module, names: Sequence[str]) -> str | None:
     if taken is not None:
         return f"{plain.__name__} has a class attribute {taken!r} beside its parameter of that name"
     try:
-        _steered_class(plain, tuple(names))
+        _overlaid_class(plain, tuple(names))
     except TypeError as error:
         return f"{plain.__name__} does not let itself be subclassed ({error})"
     return None
 
 
-def release(module: nn.Module) -> None:
-    """Give a module its own class and parameters back; does nothing for one that was not steered."""
+def lift(module: nn.Module) -> None:
+    """Give a module its own class and parameters back; does nothing for one without an overlay."""
     plain = getattr(type(module), _PLAIN, None)
     if plain is not None and module.__dict__.pop(_LAYER, None) is not None:
         module.__class__ = plain
 
 
 @cache
-def _steered_class(plain: Any, names: tuple[str, ...]) -> Any:
+def _overlaid_class(plain: Any, names: tuple[str, ...]) -> Any:
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = plain.__reduce_ex__(self, protocol)
         if reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -76,5 +76,5 @@ def _property(name: str) -> property:
 
 
 def _blank(plain: type, names: tuple[str, ...]) -> Any:
-    cls = _steered_class(plain, names)
+    cls = _overlaid_class(plain, names)
     return cls.__new__(cls)
