@@ -144,6 +144,7 @@ def test_every_field_has_help_and_defaults_are_those_of_the_readme() -> None:
         "gamma": 0.5,
         "warmup_steps": 0,
         "dropout": None,
+        "head": None,
         "target_modules": None,
         "exclude_modules": None,
         "modules_to_save": None,
