@@ -40,7 +40,9 @@ def models(kind: str, strategy: str) -> list[nn.Module]:
 
 def optimizer_of(pair: list[nn.Module], layout: str) -> torch.optim.Optimizer:
     trained = [[param for param in model.parameters() if param.requires_grad] for model in pair]
-    groups = [{"params": sum(trained, [])}] if layout == "one group" else [{"params": params} for params in trained]
+    if layout == "one group":
+        trained = [[param for params in trained for param in params]]
+    groups = [{"params": params} for params in trained]
     return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
 
 
