@@ -20,7 +20,6 @@ VARIANT_STRATEGIES = {
     "random": ("second_order",),
     "momentum_change": ("second_order", "ensemble"),
     "size_normalised": ("first_order", "ensemble"),
-    "row_wise": ("first_order", "second_order", "ensemble"),
 }
 OBJECTIVES = ("cross_entropy", "two_pass", "r_drop", "fgm")
 # What each number must be, as (test, words for it); every one must be finite besides.
@@ -108,8 +107,7 @@ class TrainArguments:
         default=None,
         metadata={
             "help": "Experiment: other scores in place of the strategy's own. random (with second_order), "
-            "momentum_change (second_order or ensemble), size_normalised (first_order or ensemble); or row_wise: rows "
-            "of matrices as units."
+            "momentum_change (second_order or ensemble) or size_normalised (first_order or ensemble)."
         },
     )
     objective: str = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftType, get_peft_config
@@ -12,6 +13,7 @@ from .adapter_file import check_adapter_file
 from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
+HEADS = ("softmax", "multi_label", "regression", "causal")
 
 LOADING_NOTE = """\
 ## Loading this adapter
@@ -46,6 +48,9 @@ class ROSEConfig(PeftConfig):
         warmup_steps: Number of optimizer steps at the start that update every unit fully.
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
             while ROSE is attached, and applied to the inputs of the target modules where the model has none.
+        head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
+            per number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
+            None goes by `model.config.problem_type`, the kind of model and the shape of the logits.
         target_modules: None trains the whole model; units are then the weights inside the repeated blocks. Names or a
             regular expression train those modules only, and their weights are units.
         exclude_modules: Names or a regular expression of modules that stay frozen.
@@ -79,6 +84,15 @@ class ROSEConfig(PeftConfig):
             )
         },
     )
+    head: Literal["softmax", "multi_label", "regression", "causal"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "What the logits mean: 'softmax', 'multi_label', 'regression' or 'causal'. None: found from the "
+                "model's problem_type, its kind and the shape of the logits."
+            )
+        },
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "None: the whole model. Names or a regular expression: those modules only."},
@@ -96,16 +110,38 @@ class ROSEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ROSE")
+        self._make_plain()
         self._check_selection()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.base_config, dict):
             self.base_config = get_peft_config(self.base_config)
         if self.base_config is not None:
             self._check_base_config(self.base_config)
             self._take_over(self.base_config)
+
+    @property
+    def needs_risk_pass(self) -> bool:
+        """Whether the strategy looks at the dropout divergence."""
+        return self.strategy != "second_order"
+
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether the strategy compares gradients with the momentum."""
+        return self.strategy != "first_order"
+
+    def _make_plain(self) -> None:
+        """Turn numbers of numpy into Python's, which JSON knows, and copy lists, so that none is shared."""
+        for name in ("upper_quantile", "lower_quantile", "gamma", "dropout", "warmup_steps"):
+            value = getattr(self, name)
+            if isinstance(value, Integral) and not isinstance(value, (bool, int)):
+                setattr(self, name, int(value))
+            elif isinstance(value, Real) and not isinstance(value, (bool, int, float)):
+                setattr(self, name, float(value))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, set(value))
+        if isinstance(self.modules_to_save, (list, tuple, set)):
+            self.modules_to_save = list(self.modules_to_save)  # PEFT adds the heads of the task in place
 
     def _check_selection(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -127,6 +163,10 @@ class ROSEConfig(PeftConfig):
         if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
             raise RoseConfigError(
                 f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."
+            )
+        if self.head is not None and self.head not in HEADS:
+            raise RoseConfigError(
+                f"head={self.head!r} is unknown; choose one of {', '.join(HEADS)}, or None to have it found."
             )
 
     def _check_base_config(self, base_config: Any) -> None:

@@ -21,6 +21,22 @@ def dropout_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
+def has_dropout_up_to(model: nn.Module, last: nn.Module) -> bool:
+    """Whether an active dropout module comes before a module in order of depth.
+
+    Args:
+        model: The model.
+        last: A module inside it.
+    """
+    active = {id(module) for module, attribute in dropout_modules(model) if getattr(module, attribute) > 0}
+    for module in model.modules():
+        if id(module) in active:
+            return True
+        if module is last:
+            return False
+    return False
+
+
 class TrainingDropout:
     """Holds a dropout probability on a model until it is undone.
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .errors import UnsupportedModelError
+from .overlay import lay_over, lift
 
 # Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
 # several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as
@@ -24,8 +24,9 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     Wraps one module that has parameters of its own.
 
     A module without children is copied whole (`rose_copy`), so that buffers such as running statistics come along. A
-    module with children is not: its own parameters are copied one by one (`rose_<parameter>`) and swapped in for the
-    call, while its children are wrapped by themselves. Either way PEFT finds the adapter name where it looks for it.
+    module with children is not: its own parameters are copied one by one (`rose_<parameter>`) and found by the module
+    in place of them, while its children are wrapped by themselves. Either way PEFT finds the adapter name where it
+    looks for it.
 
     Args:
         base_layer: The module to wrap.
@@ -51,6 +52,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             self.adapter_layer_names = tuple(f"rose_{name}" for name in self.parameter_names)
             for name in self.adapter_layer_names:
                 setattr(self, name, nn.ParameterDict())
+            lay_over(base_layer, self, self.parameter_names)
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
@@ -126,12 +128,20 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy of the active adapter, or the base layer where none is in use."""
         adapter_name = self._adapter_in_use()
-        if adapter_name is None:
-            return self.base_layer(*args, **kwargs)
-        if self.copies_module:
+        if adapter_name is not None and self.copies_module:
             return self.rose_copy[adapter_name](*args, **kwargs)
-        copies: dict[str, Tensor] = {name: param for name, _, param in self.copies(adapter_name)}
-        return functional_call(self.base_layer, copies, args, kwargs)
+        return self.base_layer(*args, **kwargs)
+
+    def tensor_in_use(self, parameter_name: str) -> Tensor | None:
+        """The copy of the active adapter, or the base parameter where none is in use.
+
+        Args:
+            parameter_name: Name of one of the module's own parameters.
+        """
+        adapter_name = self._adapter_in_use()
+        slot = self.slot(parameter_name, adapter_name) if adapter_name is not None else None
+        base = self.base_layer._parameters[parameter_name]
+        return slot[0]._parameters[slot[1]] if slot is not None and base is not None else base
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -180,6 +190,12 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             self.base_layer._buffers.update(self._unmerged_buffers)
         self.forget_unmerged()
 
+    def release(self) -> nn.Module:
+        """Give the wrapped module back as it was before the wrapping; the layer is of no use after that."""
+        self.forget_unmerged()
+        lift(self.base_layer)
+        return self.base_layer
+
     def forget_unmerged(self) -> None:
         """Take what is merged for the base parameters from now on."""
         self.merged_adapters.clear()
@@ -210,13 +226,27 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             return self._attribute(name)
 
     def _attribute(self, name: str) -> Any:
+        return getattr(self._module_in_use(), name)
+
+    def _module_in_use(self) -> nn.Module:
         adapter_name = self._adapter_in_use()
-        if adapter_name is not None:
-            if self.copies_module:
-                return getattr(self.rose_copy[adapter_name], name)
-            if name in self.parameter_names:
-                return getattr(self, f"rose_{name}")[adapter_name]
-        return getattr(self.base_layer, name)
+        return self.rose_copy[adapter_name] if adapter_name is not None and self.copies_module else self.base_layer
+
+    # Python looks these up on the class: a ParameterList is read by index.
+    def __getitem__(self, key: Any) -> Any:
+        return self._module_in_use()[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._module_in_use())  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._module_in_use())  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._module_in_use())})
 
     def __repr__(self) -> str:
         return "rose." + super().__repr__()

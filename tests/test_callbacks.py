@@ -7,7 +7,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from rose_peft import RoseCallback, RoseInactiveError, attach_rose, detach_rose
-from tests.test_selector import adamw, config, train_step
+from tests.helpers.steps import adamw, config, train_step
 from tests.helpers.tiny import tiny_bert
 
 

@@ -26,7 +26,6 @@ from rose_peft import (
     get_selector,
 )
 from rose_peft.layer import RoseLayer
-
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import (
     changed,

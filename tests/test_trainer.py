@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
 from rose_peft.selector import RoseSelector
+from rose_peft.steered import Steered
 from tests.helpers.tiny import SIZES, tiny_bert
 from tests.helpers.training import outputs
 
@@ -140,13 +141,15 @@ def test_the_callback_fails_a_training_in_which_rose_never_acts(tmp_path: Path) 
 def test_accumulated_micro_batches_are_scored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches a step are two risk passes a step, ranked once."""
     passes = []
-    original = RoseSelector._first_order_mask
+    original = RoseSelector.gather
 
-    def spy(self: RoseSelector, *args: Any) -> Any:
-        passes.append(int(self._counts[0]))
-        return original(self, *args)
+    def spy(self: RoseSelector, steered: Steered, *args: Any) -> Any:
+        passes.append(steered.window.calls)
+        gathered = original(self, steered, *args)
+        assert gathered.risk.finite == 2
+        return gathered
 
-    monkeypatch.setattr(RoseSelector, "_first_order_mask", spy)
+    monkeypatch.setattr(RoseSelector, "gather", spy)
     trainer = run(tmp_path)
     assert passes == [2] * 8
     assert get_selector(trainer.model).statistics().steps == 8
