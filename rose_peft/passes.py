@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from .distributed import Processes, check_engine, keep_unsharded_after_forward
+from .distributed import Processes
 from .dropout import has_dropout_up_to
-from .errors import UnsupportedEngineError
+from .engines.finding import EngineFinder
 from .inputs import cache_before
-from .risk import Call, Head, ShardWatch, hidden_states_are_equal, paired_pass
+from .risk import Call, Head, hidden_states_are_equal, paired_pass
 from .sampled import Draw, sampled_pass
 from .steered import Steered
 from .units import LiveUnits
@@ -35,27 +34,21 @@ class Passes:
     def __init__(
         self, host: nn.Module, live: LiveUnits, processes: Processes, training: Callable[[], list[Steered]]
     ) -> None:
-        self._host = host
+        self.around = EngineFinder(host, live.model, self._note_backward)
         self._live = live
         self._processes = processes
         self._training = training
         self.ours = False
-        self._engine_checked = False
         self._hidden_states_checked = False
         self._caches: dict[str, Any] = {}
-        self._shards = ShardWatch(self._note_backward)
         self.seen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_caches": {}, "_shards": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._shards = ShardWatch(self._note_backward)
+        return {**self.__dict__, "_caches": {}}
 
     def close(self) -> None:
-        """Take the hooks off that passes have put on shards."""
-        self._shards.close()
+        """Take off what the engine has put on the model."""
+        self.around.engine.close()
 
     def before(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Look at the model before a call.
@@ -79,18 +72,13 @@ class Passes:
             return
         self.seen = True
         shown = [tensor for steered in training for unit in steered.units for tensor in unit.tensors()]
-        if not self._engine_checked or getattr(module, "_is_replica", False):
-            check_engine(module, shown)
-            self._engine_checked = True
-        self._processes.find(self._host, shown)
+        paired = any(_is_paired(steered) for steered in training)
+        self.around.before_forward(module, shown, paired)
+        self._processes.follow(self.around.engine.process_groups)
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
-        if any(_is_paired(steered) for steered in training):
-            # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
-            # pass would leave its gradient nothing to reach.
-            if self._shards.watch([pair for pairs in parameters.values() for pair in pairs]):
-                keep_unsharded_after_forward(self._live.model)
+        if paired:
             self._caches = cache_before(kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -122,18 +110,19 @@ class Passes:
 
     def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
-        if any(isinstance(param, DTensor) for _, param in parameters):
-            raise UnsupportedEngineError(
-                f"strategy={steered.config.strategy!r} needs whole parameters inside the forward call, and this "
-                "engine shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
-            )
-        window = steered.window
-        window.forget_discarded(list(self._shards.shards.values()) or [param for _, param in parameters])
+        tensors = [param for _, param in parameters]
+        engine, window = self.around.engine, steered.window
+        engine.require_whole(tensors)
+        discarded = engine.discarded()
+        if discarded:
+            window.forget()
+        elif discarded is None:
+            window.forget_discarded(engine.gradient_holders(tensors))
         with self.own():
             value, equal, output = paired_pass(call, output, head)
             self._check_hidden_states(call, steered)
         window.add(parameters, value, equal, float(steered.state.risk_scale))
-        if not self._shards.shards:
+        if not engine.sees_backward:
             window.watch_backward(output)
         return output
 
@@ -149,6 +138,7 @@ class Passes:
                 window,
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
+                self.around.engine.whole_parameters(),
                 fraction=config.risk_fraction,
                 scale=float(state.risk_scale),
                 draw=Draw(int(state.risk_seed), int(state.steps), window.calls, self._processes.rank),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .distributed import whole_parameters
 from .inputs import take_rows, without_cache
 from .norms import IndexedTensors
 from .risk import Call, Head, RiskWindow
@@ -46,6 +45,7 @@ def sampled_pass(
     head: Head,
     window: RiskWindow,
     parameters: Callable[[], IndexedTensors],
+    whole: AbstractContextManager[None],
     *,
     fraction: float,
     scale: float,
@@ -63,6 +63,7 @@ def sampled_pass(
         head: What the logits mean.
         window: Where the norms go.
         parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
+        whole: A context in which the modules show whole parameters.
         fraction: Share of the rows, in (0, 1].
         scale: Factor on the divergence before its gradient is taken.
         draw: Where the random numbers come from.
@@ -75,7 +76,7 @@ def sampled_pass(
     ours = [] if fused else [logits.detach() for logits in head.logits(output)]
     rows = take_rows(call.args, without_cache(call.kwargs, _length(call)), fraction, [len(logits) for logits in ours])
     small = Call(call.module, rows.args, rows.kwargs, {})
-    with _aside(call.module, draw.number), whole_parameters(head.model):
+    with _aside(call.module, draw.number), whole:
         first: Sequence[Tensor] = [rows.of(logits) for logits in ours]
         if fused:
             with torch.no_grad():
