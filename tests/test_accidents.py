@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rose_peft import ROSEConfig, RoseInactiveError, attach_rose, selection
 from rose_peft.divergence import output_divergence
 from tests.helpers import reference
-from tests.test_update import Blocks, set_gradients, weights
 from tests.helpers.tiny import batch, tiny_bert
+from tests.test_update import Blocks, set_gradients, weights
 
 
 class DropoutBlocks(Blocks):

@@ -20,7 +20,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, RoseInactiveError, get_selector
-
 from tests.helpers.training import outputs, snapshot, train, train_watched
 
 VOCABULARY, WIDTH, LENGTH = 32, 16, 8

@@ -7,8 +7,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from rose_peft import RoseCallback, RoseInactiveError, attach_rose, detach_rose
-from tests.test_selector import adamw, config, train_step
 from tests.helpers.tiny import tiny_bert
+from tests.test_selector import adamw, config, train_step
 
 
 def begin(model, global_step: int = 0) -> tuple[RoseCallback, TrainerState]:

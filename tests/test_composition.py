@@ -29,7 +29,6 @@ from rose_peft import (
     detach_rose,
     get_selector,
 )
-
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 from tests.helpers.training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable
 

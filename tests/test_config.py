@@ -27,7 +27,6 @@ from rose_peft import (
     get_selector,
 )
 from rose_peft.selector import _live, _optimizer_hooks
-
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 from tests.helpers.training import optimizer_of, step, train, train_watched
 

@@ -26,9 +26,18 @@ from rose_peft import (
     get_selector,
 )
 from rose_peft.layer import RoseLayer
-
 from tests.helpers.tiny import batch, tiny_bert
-from tests.helpers.training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable, tuner_layers
+from tests.helpers.training import (
+    changed,
+    optimizer_of,
+    outputs,
+    snapshot,
+    step,
+    train,
+    train_watched,
+    trainable,
+    tuner_layers,
+)
 
 
 class Mlp(nn.Module):

@@ -10,7 +10,6 @@ from peft import get_peft_model
 
 from rose_peft import ROSEConfig, RoseError, get_selector, plot_masks
 from rose_peft.plots import _short_names
-
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import optimizer_of, step
 

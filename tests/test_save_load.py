@@ -28,7 +28,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import rose_peft
 from rose_peft import AdapterFileError, ROSEConfig, RoseError, attach_rose, get_selector
-
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import outputs, train, train_watched, trainable
 

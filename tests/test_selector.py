@@ -36,8 +36,8 @@ from rose_peft import selector as selector_module
 from rose_peft import statistics as statistics_module
 from rose_peft.statistics import SelectionState
 from tests.helpers import reference
-from tests.test_accidents import DropoutBlocks
 from tests.helpers.tiny import batch, tiny_bert
+from tests.test_accidents import DropoutBlocks
 
 STRATEGIES = ["first_order", "second_order", "ensemble"]
 
