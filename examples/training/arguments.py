@@ -108,6 +108,10 @@ class TrainArguments:
     lower_quantile: float = field(default=0.0, metadata={"help": "ROSE freezes units with a score below it."})
     gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble."})
     rose_warmup_steps: int = field(default=0, metadata={"help": "Steps before masks act."})
+    risk_pass: str = field(
+        default="paired",
+        metadata={"help": "How first order and the ensemble measure risk: paired (as published) or sampled (cheap)."},
+    )
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the training passes, see ROSEConfig."})
 
     variant: str | None = field(
@@ -224,6 +228,7 @@ class TrainArguments:
             lower_quantile=self.lower_quantile,
             gamma=self.gamma,
             warmup_steps=self.rose_warmup_steps,
+            risk_pass=self.risk_pass,  # type: ignore[arg-type]
             dropout=self.dropout,
             base_config=base_config,
         )
