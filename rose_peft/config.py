@@ -13,6 +13,8 @@ from .adapter_file import check_adapter_file
 from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
+RISK_PASSES = ("paired", "sampled")
+RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
 LOADING_NOTE = """\
@@ -46,6 +48,12 @@ class ROSEConfig(PeftConfig):
         lower_quantile: Units with a score below this quantile are frozen for the step, in [0, 1].
         gamma: Weight of the first-order mask in the ensemble, in [0, 1]; the second-order mask has 1 - gamma.
         warmup_steps: Number of optimizer steps at the start that update every unit fully.
+        risk_pass: How the dropout divergence is measured: "paired" (as published: the whole batch twice at every step;
+            the loss is the mean over both passes) or "sampled" (some rows once more at every few steps, beside the
+            user's own pass, which is left as it is).
+        risk_interval: Sampled: number of optimizer steps from one risk pass to the next.
+        risk_fraction: Sampled: share of the batch's rows in a risk pass, in (0, 1].
+        risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
             while ROSE is attached, and applied to the inputs of the target modules where the model has none.
         head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
@@ -74,6 +82,26 @@ class ROSEConfig(PeftConfig):
     gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."})
     warmup_steps: int = field(
         default=0, metadata={"help": "Number of optimizer steps at the start that update every unit fully."}
+    )
+    risk_pass: Literal["paired", "sampled"] = field(
+        default="paired",
+        metadata={
+            "help": (
+                "How the dropout divergence is measured: 'paired' (as published: the whole batch twice at every step) "
+                "or 'sampled' (some rows once more at every few steps)."
+            )
+        },
+    )
+    risk_interval: int = field(
+        default=RISK_INTERVAL,
+        metadata={"help": "Sampled: number of optimizer steps from one risk pass to the next, at least 1."},
+    )
+    risk_fraction: float = field(
+        default=RISK_FRACTION, metadata={"help": "Sampled: share of the batch's rows in a risk pass, in (0, 1]."}
+    )
+    risk_smoothing: float = field(
+        default=RISK_SMOOTHING,
+        metadata={"help": "Sampled: weight of the past in the average of squared norms, in [0, 1)."},
     )
     dropout: float | None = field(
         default=None,
@@ -128,9 +156,26 @@ class ROSEConfig(PeftConfig):
         """Whether the strategy compares gradients with the momentum."""
         return self.strategy != "first_order"
 
+    def risk_is_due(self, step: int) -> bool:
+        """Whether the risk passes of a step are wanted.
+
+        Args:
+            step: Number of masked optimizer steps taken before.
+        """
+        return self.needs_risk_pass and (self.risk_pass == "paired" or step % self.risk_interval == 0)
+
     def _make_plain(self) -> None:
         """Turn numbers of numpy into Python's, which JSON knows, and copy lists, so that none is shared."""
-        for name in ("upper_quantile", "lower_quantile", "gamma", "dropout", "warmup_steps"):
+        for name in (
+            "upper_quantile",
+            "lower_quantile",
+            "gamma",
+            "dropout",
+            "warmup_steps",
+            "risk_interval",
+            "risk_fraction",
+            "risk_smoothing",
+        ):
             value = getattr(self, name)
             if isinstance(value, Integral) and not isinstance(value, (bool, int)):
                 setattr(self, name, int(value))
@@ -160,6 +205,7 @@ class ROSEConfig(PeftConfig):
             raise RoseConfigError(
                 f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
             )
+        self._check_risk_pass()
         if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
             raise RoseConfigError(
                 f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."
@@ -167,6 +213,37 @@ class ROSEConfig(PeftConfig):
         if self.head is not None and self.head not in HEADS:
             raise RoseConfigError(
                 f"head={self.head!r} is unknown; choose one of {', '.join(HEADS)}, or None to have it found."
+            )
+
+    def _check_risk_pass(self) -> None:
+        if self.risk_pass not in RISK_PASSES:
+            raise RoseConfigError(f"risk_pass={self.risk_pass!r} is unknown; choose one of {', '.join(RISK_PASSES)}.")
+        interval = self.risk_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise RoseConfigError(
+                f"risk_interval={interval!r} is not a number of optimizer steps; pass an integer >= 1."
+            )
+        for name, inside, words in (
+            ("risk_fraction", lambda value: 0 < value <= 1, "(0, 1]"),
+            ("risk_smoothing", lambda value: 0 <= value < 1, "[0, 1)"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not inside(value):
+                raise RoseConfigError(f"{name}={value!r} is not a number in {words}; pass one that is.")
+        for name, default in (
+            ("risk_interval", RISK_INTERVAL),
+            ("risk_fraction", RISK_FRACTION),
+            ("risk_smoothing", RISK_SMOOTHING),
+        ):
+            if self.risk_pass == "paired" and getattr(self, name) != default:
+                raise RoseConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect with risk_pass='paired'; leave it out, or set "
+                    "risk_pass='sampled'."
+                )
+        if self.risk_pass == "sampled" and not self.needs_risk_pass:
+            raise RoseConfigError(
+                "risk_pass='sampled' has no effect with strategy='second_order', which looks at no divergence; leave "
+                "it out, or choose 'first_order' or 'ensemble'."
             )
 
     def _check_base_config(self, base_config: Any) -> None:

@@ -72,6 +72,7 @@ class Gathered:
         risk: What the risk passes said, or None for strategies without any.
         ungraded: Units without a gradient in this step, bool [U].
         last_first_mask: First-order mask of the last step, float32 [U].
+        average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
     """
 
     facts: Facts
@@ -80,6 +81,30 @@ class Gathered:
     risk: RiskFigures | None
     ungraded: Tensor
     last_first_mask: Tensor
+    average: Tensor | None = None
+
+
+def smooth(average: Tensor, mean: Tensor, smoothing: float) -> Tensor:
+    """Put new mean squares into a smoothed average, for units that the passes have reached.
+
+    Args:
+        average: Weighted sums and the sums of their weights, float64 [2, U]; the sums over the weights are the
+            bias-corrected average.
+        mean: Mean squared norms of this step's passes, float64 [U]; zero for units that none has reached.
+        smoothing: Weight of the past, in [0, 1).
+    """
+    new = smoothing * average + (1 - smoothing) * torch.stack([mean, torch.ones_like(mean)])
+    return torch.where(mean > 0, new, average)
+
+
+def averaged(average: Tensor) -> Tensor | None:
+    """The bias-corrected average, float64 [U], zero for units that no pass has reached yet; None where there is none.
+
+    Args:
+        average: As `smooth` makes it.
+    """
+    sums, weights = average
+    return torch.where(weights > 0, sums / weights, torch.zeros_like(sums)) if bool(weights.any()) else None
 
 
 def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
@@ -108,4 +133,4 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
     mask = masks.mix_or_either(first_mask, second_mask, config.gamma)
     if facts.steps < config.warmup_steps:
         mask = torch.ones_like(mask)
-    return Decision(mask, ~gathered.ungraded, first, second, gathered.risk)
+    return Decision(mask, ~gathered.ungraded, first, second, gathered.risk, gathered.average)

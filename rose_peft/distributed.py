@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,6 +65,12 @@ class Processes:
                 "pass process_group=torch.distributed.group.WORLD to attach_rose.",
                 stacklevel=2,
             )
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among those that train the model."""
+        groups = self.groups
+        return dist.get_rank() if groups else 0
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
@@ -124,6 +132,35 @@ def keep_unsharded_after_forward(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(False, recurse=False)
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Let FSDP2 keep whole what it gathers inside, and give back afterwards what was sharded before.
+
+    Args:
+        model: Model in which modules may be sharded by `fully_shard`.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for module in sharded for group in _parameter_groups(module)]
+    before = [(group, group.post_forward_mesh_info, group.is_sharded) for group in groups]
+    for group in groups:
+        group.post_forward_mesh_info = None
+    try:
+        yield
+    finally:
+        for group, mesh_info, was_sharded in before:
+            group.post_forward_mesh_info = mesh_info
+            if was_sharded and not group.is_sharded:
+                group.reshard()
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """The parameter groups of one module; torch has one or several of them, by version."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def check_engine(module: nn.Module, parameters: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ from .dropout import has_dropout_up_to
 from .errors import UnsupportedEngineError
 from .inputs import cache_before
 from .risk import Call, Head, ShardWatch, hidden_states_are_equal, paired_pass
+from .sampled import Draw, sampled_pass
 from .steered import Steered
 from .units import LiveUnits
 
@@ -85,7 +86,7 @@ class Passes:
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
-        if any(steered.config.needs_risk_pass for steered in training):
+        if any(_is_paired(steered) for steered in training):
             # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
             # pass would leave its gradient nothing to reach.
             if self._shards.watch([pair for pairs in parameters.values() for pair in pairs]):
@@ -110,12 +111,16 @@ class Passes:
         call = Call(module, args, kwargs, self._caches)
         self._caches = {}
         for steered in self._training():
-            if steered.config.needs_risk_pass:
-                output = self._risk_pass(steered, call, output)
+            if steered.config.risk_is_due(int(steered.state.steps)):
+                head = Head(self._live.model, steered.config.task_type, steered.config.head)
+                if _is_paired(steered):
+                    output = self._paired(steered, call, head, output)
+                else:
+                    self._sampled(steered, call, head, output)
             steered.window.calls += 1
         return None if output is given else output
 
-    def _risk_pass(self, steered: Steered, call: Call, output: Any) -> Any:
+    def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
         if any(isinstance(param, DTensor) for _, param in parameters):
             raise UnsupportedEngineError(
@@ -124,7 +129,6 @@ class Passes:
             )
         window = steered.window
         window.forget_discarded(list(self._shards.shards.values()) or [param for _, param in parameters])
-        head = Head(self._live.model, steered.config.task_type, getattr(steered.config, "head", None))
         with self.own():
             value, equal, output = paired_pass(call, output, head)
             self._check_hidden_states(call, steered)
@@ -132,6 +136,24 @@ class Passes:
         if not self._shards.shards:
             window.watch_backward(output)
         return output
+
+    def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
+        config, state, window = steered.config, steered.state, steered.window
+        with self.own():
+            if steered.confirm:
+                self._check_hidden_states(call, steered)
+            sampled_pass(
+                call,
+                output,
+                head,
+                window,
+                # Under FSDP2 the modules show whole parameters during the pass only.
+                lambda: self._live.parameters(steered.name),
+                fraction=config.risk_fraction,
+                scale=float(state.risk_scale),
+                draw=Draw(int(state.risk_seed), int(state.steps), window.calls, self._processes.rank),
+                confirm=steered.confirm,
+            )
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -159,3 +181,7 @@ class Passes:
     def _note_backward(self) -> None:
         for steered in self._training():
             steered.window.note_backward()
+
+
+def _is_paired(steered: Steered) -> bool:
+    return steered.config.needs_risk_pass and steered.config.risk_pass == "paired"

@@ -62,6 +62,8 @@ class RoseSelector:
         self.live = LiveUnits(model, config)
         self.adapters = steer(self.live, host, {})
         self._current = ""
+        # Masked steps in this process; the state's count goes back with a checkpoint.
+        self.steps_taken = 0
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
@@ -193,7 +195,10 @@ class RoseSelector:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Finish masked units and record the step."""
-        self._current = self._flights.land(optimizer) or self._current
+        landed = self._flights.land(optimizer)
+        if landed is not None:
+            self._current = landed
+            self.steps_taken += 1
 
     def gather(self, steered: Steered, stepping: Sequence[Stepping], scale: float) -> Gathered:
         """Fetch what the masks of one adapter are made of."""

@@ -23,6 +23,8 @@ class Steered:
     state: SelectionState
     window: RiskWindow
     watchdog: Watchdog
+    # Sampled passes: whether the next one shall find out if there is any dropout at all.
+    confirm: bool = True
 
 
 def steer(live: LiveUnits, host: nn.Module, known: dict[str, Steered]) -> dict[str, Steered]:

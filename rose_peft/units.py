@@ -285,7 +285,9 @@ class LiveUnits:
         return [(index, param) for index, param in slots if param is not None]
 
     def training(self) -> list[str]:
-        """Names of the adapters that train now."""
+        """Names of the adapters that train now; none while they are merged or disabled."""
+        if isinstance(self._witness, BaseTunerLayer) and (self._witness.merged or self._witness.disable_adapters):
+            return []
         return [name for name, units in self.by_adapter.items() if any(unit.parameters() for unit in units)]
 
     def dropout_targets(self) -> Iterator[nn.Module]:

@@ -163,11 +163,15 @@ class MaskedStep:
     def _put_right(self, saved: _Saved) -> None:
         item, share = saved.masked, saved.masked.share
         state = self._optimizer.state.get(item.param, {})
+        masters = {key: value for key, value in state.items() if _is_master(key, value, item)}
         if share > 0:
             if not saved.results:  # made before anything is written, so that writing may be repeated
-                pairs = [(item.param, saved.weights)]
-                pairs += [(state[key], before) for key, before in saved.state.items() if before is not None]
-                saved.results = [(now, torch.lerp(before, now, share)) for now, before in pairs]
+                for key, now in masters.items():
+                    before = saved.state.get(key)
+                    before = saved.weights.to(now.dtype) if before is None else before
+                    saved.results.append((now, torch.lerp(before, now, share)))
+                weights = saved.results[0][1] if masters else torch.lerp(saved.weights, item.param, share)
+                saved.results.append((item.param, weights))
             for now, result in saved.results:
                 now.copy_(result)
             return
@@ -175,6 +179,9 @@ class MaskedStep:
         if saved.fresh_state and item.rule is None:
             self._optimizer.state.pop(item.param, None)  # as if it had not stepped
             return
+        for key, now in masters.items():
+            if saved.state.get(key) is None:
+                now.copy_(saved.weights)
         for key, before in saved.state.items():
             now = state.get(key)
             if isinstance(now, Tensor):
@@ -248,13 +255,16 @@ def _age_second_moments(optimizer: torch.optim.Optimizer, items: Iterable[Masked
 _MASTER_MARKS = ("master", "fp32")
 
 
+def _is_master(key: str, value: Any, item: Masked) -> bool:
+    marked = any(mark in str(key).lower() for mark in _MASTER_MARKS)
+    return marked and isinstance(value, Tensor) and value.is_floating_point() and value.shape == item.param.shape
+
+
 def _is_kept(key: str, value: Any, item: Masked) -> bool:
     """Whether a tensor of the optimizer's state must not move with a masked parameter."""
-    if not isinstance(value, Tensor):
-        return False
-    if any(mark in str(key).lower() for mark in _MASTER_MARKS):
-        return value.is_floating_point() and value.shape == item.param.shape
-    if item.share > 0:
+    if _is_master(key, value, item):
+        return True
+    if not isinstance(value, Tensor) or item.share > 0:
         return False
     if item.rule is not None:
         return key == item.rule.key

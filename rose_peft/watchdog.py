@@ -173,7 +173,7 @@ class Watchdog:
             RoseInactiveError: Naming the cause.
         """
         if risk.bypassed:
-            raise self._bypass_error()
+            raise self.bypass_error()
         if risk.passes == 0:
             return
         all_equal = risk.equal == risk.passes
@@ -188,7 +188,8 @@ class Watchdog:
                 "use bf16 instead of fp16, or raise dropout in ROSEConfig."
             )
 
-    def _bypass_error(self) -> RoseInactiveError:
+    def bypass_error(self) -> RoseInactiveError:
+        """The error for gradients from calls that went past the hook."""
         start = "optimizer.step() has new gradients, but no training pass went through the model since the last step: "
         if self._eval_passes:
             return RoseInactiveError(

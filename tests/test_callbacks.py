@@ -18,13 +18,6 @@ def begin(model, global_step: int = 0) -> tuple[RoseCallback, TrainerState]:
     return callback, state
 
 
-def test_a_caller_that_is_no_handler_is_warned():
-    model = tiny_bert()
-    attach_rose(model, config())
-    with pytest.warns(UserWarning, match="put it first"):
-        RoseCallback().on_train_begin(None, TrainerState(), TrainerControl(), model=model)
-
-
 def end(callback: RoseCallback, state: TrainerState) -> None:
     callback.on_train_end(None, state, TrainerControl())
 
@@ -42,7 +35,10 @@ def test_figures_are_added_to_training_logs_only():
     assert logs == {
         "loss": 1.0,
         "rose/kept_share": statistics.kept_share,
+        "rose/kept_weight_share": statistics.kept_weight_share,
         "rose/last_kept_share": statistics.last_kept_share,
+        "rose/last_kept_weight_share": statistics.last_kept_weight_share,
+        "rose/frozen_units": len(statistics.frozen_units()),
         "rose/skipped_risk_passes": 0.0,
     }
     evaluation = {"eval_loss": 1.0}
