@@ -141,10 +141,7 @@ def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | No
     Raises:
         TargetModulesError: If there are none; the message lists modules that could be named.
     """
-    if _has_other_tuner(model):
-        units = _adapter_units(model)
-    else:
-        units = _weight_units(model, config, among)
+    units = _adapter_units(model) if _has_other_tuner(model) else _weight_units(model, config, among)
     if not units:
         candidates = [
             name for name, module in base_modules(model) if name and any(True for _ in _weight_slots(module))
