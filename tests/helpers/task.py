@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 
 def tiny_task(folder: Path) -> dict[str, str]:
     """Write model and data; returns their folders as "model" and "data"."""
-    from demo_data import demo_splits
+    from examples.training.demo_data import demo_splits
 
     splits = demo_splits(96, 48)
     words = sorted({word for split in splits.values() for text in split["sentence"] for word in text.split()})
