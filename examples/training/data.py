@@ -137,7 +137,7 @@ def _read(args: TrainArguments, option: str, path: str | Path, key: str | None =
     except DataError as error:
         raise InputError(f"{option}={str(path)!r}: {error}") from error
     if Path(path).suffix in (".csv", ".tsv"):  # where all is text, a column of numbers is still none of texts
-        for column in (column for column in _columns(args) if column in table):
+        for column in (name for name in _columns(args) if name in table and name != args.label_column):
             if len(table) and to_numeric(table[column], errors="coerce").notna().all():
                 raise InputError(
                     f"text_column={column!r} holds {table[column][0]} in row 0 of {str(path)!r} and nothing but "

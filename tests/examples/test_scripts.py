@@ -11,7 +11,6 @@ import pytest
 from peft import AutoPeftModelForSequenceClassification, PeftConfig
 
 from rose_peft.robustness import load_result
-from tests.helpers.task import tiny_task
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("datasets")
@@ -19,11 +18,6 @@ pytest.importorskip("datasets")
 from examples import accelerate_loop, evaluate, plain_loop, sft_trl, trainer_lora  # noqa: E402
 
 SCRIPTS = ("plain_loop", "trainer_lora", "accelerate_loop", "sft_trl", "evaluate")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return tiny_task(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
