@@ -49,8 +49,8 @@ class Processes:
             self._warned = True
             warnings.warn(
                 f"this process is one of {dist.get_world_size()}, and neither DDP, FSDP2 nor ZeRO is around the "
-                "model: ROSE takes it for one that this process trains alone. If they train it together by other means, "
-                "pass process_group=torch.distributed.group.WORLD to attach_rose.",
+                "model: ROSE takes it for one that this process trains alone. If they train it together by other "
+                "means, pass process_group=torch.distributed.group.WORLD to attach_rose.",
                 stacklevel=2,
             )
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from .engines.seam import Group
 from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
-from .optimizers import owned_groups
+from .optimizers import owned_groups, whole_groups
 from .state import STATE_KEY, SelectionState
 
 
@@ -41,7 +41,7 @@ class Homes:
         Args:
             optimizer: As made or as loaded.
         """
-        return any(STATE_KEY in group for group in optimizer.param_groups)
+        return any(STATE_KEY in group for group in whole_groups(optimizer))
 
     def adopt(
         self,
@@ -78,7 +78,7 @@ class Homes:
         Args:
             states: Those of the model.
         """
-        groups = [group for optimizer in list(self._optimizers) for group in optimizer.param_groups]
+        groups = [group for optimizer in list(self._optimizers) for group in whole_groups(optimizer)]
         for state in states:
             for group in groups:
                 state.leave(group)

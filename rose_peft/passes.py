@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .ahead import check_can_skip, plan
 from .distributed import Processes
 from .dropout import has_dropout_up_to
 from .engines.finding import EngineFinder
 from .inputs import cache_before
+from .norms import IndexedTensors
 from .risk import Call, Head, hidden_states_are_equal, paired_pass
 from .sampled import Draw, sampled_pass
+from .scores import Scores
 from .steered import Steered
 from .units import LiveUnits
 
@@ -29,15 +32,22 @@ class Passes:
         live: The units of the model.
         processes: Who trains it.
         training: Gives the adapters that train now.
+        scores: Gives what units are ranked by.
     """
 
     def __init__(
-        self, host: nn.Module, live: LiveUnits, processes: Processes, training: Callable[[], list[Steered]]
+        self,
+        host: nn.Module,
+        live: LiveUnits,
+        processes: Processes,
+        training: Callable[[], list[Steered]],
+        scores: Callable[[], Scores],
     ) -> None:
         self.around = EngineFinder(host, live.model, self._note_backward)
         self._live = live
         self._processes = processes
         self._training = training
+        self._scores = scores
         self.ours = False
         self._hidden_states_checked = False
         self._caches: dict[str, Any] = {}
@@ -65,6 +75,9 @@ class Passes:
             return
         training = self._training()
         if not training:
+            # FSDP1 takes parameters away, as merging does; only that is refused.
+            units = [unit for units in self._live.by_adapter.values() for unit in units]
+            self.around.check(module, [tensor for unit in units for tensor in unit.tensors()])
             return
         if not module.training:
             for steered in training:
@@ -78,6 +91,9 @@ class Passes:
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
+        for steered in training:
+            if steered.config.skip_frozen_gradients:
+                self._plan(steered, parameters[steered.name])
         if paired:
             self._caches = cache_before(kwargs)
 
@@ -108,6 +124,13 @@ class Passes:
             steered.window.calls += 1
         return None if output is given else output
 
+    def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
+        check_can_skip(self.around.host, self._processes)
+        if steered.plan is None:
+            steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
+        if steered.plan is not None:
+            steered.plan.hold_back()
+
     def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
         tensors = [param for _, param in parameters]
@@ -128,6 +151,8 @@ class Passes:
 
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
         config, state, window = steered.config, steered.state, steered.window
+        if steered.plan is not None:
+            steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
         with self.own():
             if steered.confirm:
                 self._check_hidden_states(call, steered)
@@ -144,6 +169,8 @@ class Passes:
                 draw=Draw(int(state.risk_seed), int(state.steps), window.calls, self._processes.rank),
                 confirm=steered.confirm,
             )
+        if steered.plan is not None:
+            steered.plan.hold_back()
 
     @contextmanager
     def own(self) -> Iterator[None]:

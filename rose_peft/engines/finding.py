@@ -27,14 +27,14 @@ class EngineFinder:
     """
 
     def __init__(self, host: nn.Module, model: nn.Module, backward: Callable[[], None]) -> None:
-        self._host = host
+        self.host = host
         self._model = model
         self._backward = backward
         self._looked = False
         self.engine: Engine = Plain(host)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked": False, "engine": Plain(self._host)}
+        return {**self.__dict__, "_looked": False, "engine": Plain(self.host)}
 
     def before_forward(self, module: nn.Module, parameters: Sequence[Tensor], paired: bool) -> None:
         """Look before a training pass.
@@ -47,18 +47,30 @@ class EngineFinder:
         Raises:
             UnsupportedEngineError: If ROSE would silently do nothing or the wrong thing under the engine.
         """
-        if getattr(module, "_is_replica", False) or not self._looked:
-            _refuse(module, self._model, parameters)
+        self.check(module, parameters)
         # ZeRO may come later than the first pass, as in a notebook.
         if not self._looked or (is_marked(parameters) and not isinstance(self.engine, Zero)):
-            zero = find_zero(self._host, parameters)
+            zero = find_zero(self.host, parameters)
             if zero is not None:
                 self._become(zero)
             elif sharded_modules(self._model):
-                self._become(Fsdp2(self._host, self._model, self._backward))
+                self._become(Fsdp2(self.host, self._model, self._backward))
             self._looked = True
         self._find_shards(parameters)
         self.engine.before_forward(parameters, paired)
+
+    def check(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
+        """Refuse what no engine file can read; asked once, but for replicas, which are new in every call.
+
+        Args:
+            module: Who is called.
+            parameters: What the modules hold in place of the unit parameters.
+
+        Raises:
+            UnsupportedEngineError: Naming it and what to use instead.
+        """
+        if getattr(module, "_is_replica", False) or not self._looked:
+            _refuse(module, self._model, parameters)
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
         """Look before a step: some shards show themselves only there.
@@ -72,7 +84,7 @@ class EngineFinder:
         if not any(isinstance(param, DTensor) for param in parameters):
             return
         if not isinstance(self.engine, Fsdp2):
-            self._become(Fsdp2(self._host, self._model, self._backward))
+            self._become(Fsdp2(self.host, self._model, self._backward))
         if isinstance(self.engine, Fsdp2):
             self.engine.find_processes(parameters)
 
@@ -82,11 +94,6 @@ class EngineFinder:
 
 
 def _refuse(module: nn.Module, model: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """Refuse what no engine file can read.
-
-    Raises:
-        UnsupportedEngineError: Naming it and what to use instead.
-    """
     if getattr(module, "_is_replica", False):
         raise UnsupportedEngineError(
             "nn.DataParallel copies the model at every step, so ROSE cannot follow its parameters. Start one process "
