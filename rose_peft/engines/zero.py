@@ -37,7 +37,7 @@ _NAMES = {
         "clip_grad",
         "dp_process_group",
     ),
-    "BF16_Optimizer": ("fp32_groups_flat_partition", "bf16_groups", "fp32_groups_gradients", "dp_process_group"),
+    "BF16_Optimizer": ("fp32_groups_flat_partition", "bf16_groups", "fp32_groups_gradient_dict", "dp_process_group"),
     "DeepSpeedZeroOptimizer_Stage3": (
         "fp32_partitioned_groups_flat",
         "fp16_groups",
@@ -289,7 +289,7 @@ def _is_theirs(engine: Any, parameters: Sequence[Tensor]) -> bool:
     marks = [getattr(param, "_hp_mapping", None) for param in parameters]
     dictionaries = [mark.gradient_dict for mark in marks if mark is not None]
     zero = engine.optimizer
-    mine = getattr(zero, "averaged_gradients", None), getattr(zero, "fp32_groups_gradients", None)
+    mine = getattr(zero, "averaged_gradients", None), getattr(zero, "fp32_groups_gradient_dict", None)
     third = any(getattr(param, "_z3_optimizer", None) is zero for param in parameters)
     return third or any(dictionary is own for dictionary in dictionaries for own in mine)
 
@@ -329,6 +329,9 @@ def _refuse(engine: Any) -> None:
         "ZenFlow steps parts of a parameter at different times": bool(getattr(engine, "zenflow", False)),
         "mixture-of-experts groups are reduced over groups of their own": bool(
             getattr(engine, "has_moe_layers", False)
+        ),
+        "round_robin_gradients puts parameters elsewhere than their marks say": bool(
+            engine.zero_round_robin_gradients()
         ),
         "elastic checkpoints leave out the parameter groups, in which ROSE's state lies": bool(
             engine.zero_elastic_checkpoint()
