@@ -60,7 +60,9 @@ def deepspeed_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "CUDA_VISIBLE_DEVICES": "",
         "ROSE_CHECK_RANKS": "1",
     }
-    build = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
+    build = (
+        "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
+    )
     done = subprocess.run([sys.executable, "-c", build], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return environment

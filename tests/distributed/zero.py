@@ -160,7 +160,7 @@ class Watch:
         self.masks.append(mask)
         for unit, share, old, new in zip(self.selector.units, mask, before, self.unit_weights(), strict=True):
             same = [torch.equal(one, two) for one, two in zip(old, new, strict=True)]
-            if share == 0 and not all(same) or share > 0 and self.cell.precision == "float32" and all(same):
+            if (share == 0 and not all(same)) or (share > 0 and self.cell.precision == "float32" and all(same)):
                 self.wrong.append(f"step {step}: {unit.name} has mask {float(share)}, same={same}")
 
     def result(self) -> dict[str, Any]:
