@@ -176,7 +176,7 @@ def _part_of(value: Any, count: int, name: str | None) -> str | None:
     if isinstance(value, (list, tuple)):
         parts = {_part_of(item, count, name) for item in value}
         if len(value) == count:  # one item for each row; but where the items have rows too, nothing tells
-            return _PER_ROW if _PER_ROW not in parts else None
+            return _PER_ROW if _PER_ROW not in parts or None in parts else None
     elif isinstance(value, MutableMapping):
         parts = {_part_of(item, count, str(key)) for key, item in value.items()}
     else:
