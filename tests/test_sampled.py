@@ -13,15 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from rose_peft import ROSEConfig, RoseInactiveError, UnsupportedEngineError, attach_rose, detach_rose, get_selector
-from rose_peft.decision import averaged, smooth
-from rose_peft.selector import RoseSelector
-from tests.helpers.comparing import assert_same, everything
+from rose_peft import ROSEConfig, attach_rose, detach_rose, get_selector
+from tests.helpers.comparing import assert_same
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 
 STRATEGIES = ["first_order", "ensemble"]
@@ -110,7 +106,9 @@ def t5() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {
+        key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
     chances = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     return tf.ViTForImageClassification(tf.ViTConfig(**sizes, **chances, image_size=8, patch_size=4))
 
