@@ -54,6 +54,9 @@ class ROSEConfig(PeftConfig):
         risk_interval: Sampled: number of optimizer steps from one risk pass to the next.
         risk_fraction: Sampled: share of the batch's rows in a risk pass, in (0, 1].
         risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
+        skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
+            frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
+            their second moments and step counts rest instead of going on.
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
             while ROSE is attached, and applied to the inputs of the target modules where the model has none.
         head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
@@ -102,6 +105,12 @@ class ROSEConfig(PeftConfig):
     risk_smoothing: float = field(
         default=RISK_SMOOTHING,
         metadata={"help": "Sampled: weight of the past in the average of squared norms, in [0, 1)."},
+    )
+    skip_frozen_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "With strategy='first_order' and risk_pass='sampled': build no gradients of units that are frozen."
+        },
     )
     dropout: float | None = field(
         default=None,
@@ -240,6 +249,12 @@ class ROSEConfig(PeftConfig):
                     f"{name}={getattr(self, name)!r} has no effect with risk_pass='paired'; leave it out, or set "
                     "risk_pass='sampled'."
                 )
+        if self.skip_frozen_gradients and (self.risk_pass != "sampled" or self.strategy != "first_order"):
+            raise RoseConfigError(
+                "skip_frozen_gradients=True needs masks that are known before the gradients: set "
+                f"strategy='first_order' and risk_pass='sampled' (here {self.strategy!r} and {self.risk_pass!r}), or "
+                "leave it out."
+            )
         if self.risk_pass == "sampled" and not self.needs_risk_pass:
             raise RoseConfigError(
                 "risk_pass='sampled' has no effect with strategy='second_order', which looks at no divergence; leave "

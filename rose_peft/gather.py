@@ -56,6 +56,9 @@ def gather(
         mean = averaged(average)
     ungraded = torch.ones(units, dtype=torch.bool)
     ungraded[[entry.index for entry in stepping]] = False
+    planned = steered.plan.ranking if steered.plan is not None else None
+    if planned is not None:
+        ungraded &= planned.mask > 0  # units that the plan froze have no gradient by our own doing
     facts = Facts(
         units=steered.state.units,
         sizes=steered.state.sizes.double(),
@@ -66,7 +69,7 @@ def gather(
         dtype=torch.float64 if stepping[0].param.dtype == torch.float64 else torch.float32,
     )
     last = steered.state.first_mask.clone()
-    return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average)
+    return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average, planned)
 
 
 def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> None:

@@ -235,9 +235,12 @@ def own_copy(config: Any) -> Any:
     Args:
         config: As the user gave it; he may use it again for another model.
     """
+    saved = config.modules_to_save or []
+    named = list(dict.fromkeys([*saved, *_LATE_HEADS.get(config.task_type, ())]))
+    if config.inference_mode and named == saved and config.target_modules != "all-linear":
+        return config  # nothing is found out; PEFT's users expect the object that they gave to `from_pretrained`
     copied = copy.deepcopy(config)
-    named = [*(copied.modules_to_save or ()), *_LATE_HEADS.get(copied.task_type, ())]
-    copied.modules_to_save = list(dict.fromkeys(named)) or copied.modules_to_save
+    copied.modules_to_save = named or copied.modules_to_save
     return copied
 
 
