@@ -18,9 +18,11 @@ from .errors import (  # noqa: E402
     UnsupportedModelError,
     UnsupportedOptimizerError,
 )
+from .optimizers import MomentumRule, register_momentum_rule  # noqa: E402
 from .plots import plot_masks  # noqa: E402
+from .scores import Facts, FirstOrder, Score, Scores, SecondOrder, Stepping  # noqa: E402
 from .selector import RoseSelector  # noqa: E402
-from .statistics import RoseStatistics, UnitStatistics  # noqa: E402
+from .state import RoseStatistics, UnitStatistics  # noqa: E402
 from .tuner import ROSEModel  # noqa: E402
 from .version import __version__  # noqa: E402
 
@@ -29,6 +31,9 @@ register(ROSEConfig, ROSEModel)
 __all__ = [
     "AdapterFileError",
     "AlreadyAttachedError",
+    "Facts",
+    "FirstOrder",
+    "MomentumRule",
     "ROSEConfig",
     "ROSEModel",
     "RankMismatchError",
@@ -38,6 +43,10 @@ __all__ = [
     "RoseInactiveError",
     "RoseSelector",
     "RoseStatistics",
+    "Score",
+    "Scores",
+    "SecondOrder",
+    "Stepping",
     "TargetModulesError",
     "UnitStatistics",
     "UnsupportedEngineError",
@@ -48,6 +57,7 @@ __all__ = [
     "detach_rose",
     "get_selector",
     "plot_masks",
+    "register_momentum_rule",
 ]
 
 
@@ -58,3 +68,7 @@ def __getattr__(name: str) -> object:
 
         return RoseCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

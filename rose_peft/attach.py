@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
 from .config import ROSEConfig
 from .errors import RoseConfigError, RoseError
 from .layer import RoseLayer
+from .scores import Scores
 from .selector import RoseSelector, find_selector
-from .tuner import ROSEModel, refuse_quantized
+from .tuner import ROSEModel, own_copy, refuse_quantized
+from .units import find_units
 
 
-def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
+def attach_rose(
+    model: nn.Module,
+    config: ROSEConfig,
+    scores: Scores | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> RoseSelector:
     """Let ROSE steer the training of a model that PEFT has already wrapped, or of a plain model.
 
     `get_peft_model(model, ROSEConfig(...))` does this by itself; use it for an adapter loaded with
@@ -22,26 +30,34 @@ def attach_rose(model: nn.Module, config: ROSEConfig) -> RoseSelector:
     Args:
         model: A PeftModel with a trainable adapter, or any model. Must not be wrapped by DDP or FSDP yet.
         config: Settings. Over an adapter its modules are the units: `base_config` is not needed, `target_modules` and
-            `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units.
+            `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units and
+            `modules_to_save` left unmasked. Never written to.
+        scores: What units are ranked by, in place of ROSE's own scores; see `Scores`.
+        process_group: The processes that train this model, where neither DDP nor FSDP2 around it tells.
 
     Returns:
         The selector, for `statistics()`.
 
     Raises:
-        AlreadyAttachedError: If ROSE is attached.
+        AlreadyAttachedError: If ROSE is attached to the model, to a part of it or to a whole around it.
         RoseConfigError: If a field cannot be followed here.
         TargetModulesError: If there is nothing to mask.
         UnsupportedModelError: If a model without an adapter is quantized.
     """
     over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
     _check_config(config, over_adapter)
+    config = own_copy(config)
     if not over_adapter:
         refuse_quantized(model)
     if isinstance(model, PeftModel):
         tuner = model.base_model
         base = model.get_base_model()
-        return RoseSelector(base if isinstance(tuner, ROSEModel) else tuner, base, config)
-    return RoseSelector(model, model, config)
+        _check_saved(model, config)
+        host = base if isinstance(tuner, ROSEModel) else tuner
+        return RoseSelector(host, base, config, scores, process_group)
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        config = _resolved(model, config)
+    return RoseSelector(model, model, config, scores, process_group)
 
 
 def _check_config(config: ROSEConfig, over_adapter: bool) -> None:
@@ -57,6 +73,46 @@ def _check_config(config: ROSEConfig, over_adapter: bool) -> None:
             raise RoseConfigError(
                 f"{name}={value!r} has no effect in attach_rose on this model ({instead}); leave it out."
             )
+
+
+def _check_saved(model: PeftModel, config: ROSEConfig) -> None:
+    """Refuse `modules_to_save` that the adapter does not have: only PEFT can wrap them, when it makes the adapter."""
+    there = {name for own in model.peft_config.values() for name in getattr(own, "modules_to_save", None) or ()}
+    missing = [name for name in config.modules_to_save or () if name not in there]
+    if missing and any(name.rpartition(".")[2] in missing for name, _ in model.named_modules()):
+        raise RoseConfigError(
+            f"modules_to_save={missing!r} are not among those of the adapter ({sorted(there)}), and attach_rose makes "
+            "none; set them on the config that the adapter is made with."
+        )
+
+
+def _resolved(model: nn.Module, config: ROSEConfig) -> ROSEConfig:
+    """Spell out, for a plain model, what `target_modules` and `modules_to_save` mean: names of modules with units."""
+    saved = config.modules_to_save or []
+    _maybe_include_all_linear_layers(config, model)  # in place
+    if not saved:
+        return config
+    for name in saved:
+        found = [path for path, _ in model.named_parameters() if f".{name}." in f".{path}"]
+        if not found and config.task_type is None:  # heads that PEFT knows of for the task need not exist
+            raise RoseConfigError(
+                f"modules_to_save={saved!r}: {name!r} matches no module with parameters; correct it."
+            )
+        if found and not any(model.get_parameter(path).requires_grad for path in found):
+            raise RoseConfigError(
+                f"modules_to_save={saved!r}: {name!r} is frozen, and attach_rose lets a model train as it is; call "
+                "requires_grad_(True) on it, or leave it out."
+            )
+    wanted = [
+        unit.name for unit in find_units(model, config) if not any(f".{name}." in f".{unit.name}." for name in saved)
+    ]
+    config.target_modules = {name.rpartition(".")[0] for name in wanted}
+    if [unit.name for unit in find_units(model, config)] != wanted:
+        raise RoseConfigError(
+            f"modules_to_save={saved!r} lie inside modules whose own weights are units, and cannot be told from them; "
+            "name the units by target_modules."
+        )
+    return config
 
 
 def detach_rose(model: nn.Module) -> None:

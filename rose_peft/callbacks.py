@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import RoseInactiveError
 from .selector import RoseSelector, find_selector
@@ -16,9 +14,11 @@ from .selector import RoseSelector, find_selector
 
 class RoseCallback(TrainerCallback):
     """
-    Adds ROSE's figures to the Trainer's logs (progress, TensorBoard, W&B ...), and fails a training without ROSE.
+    Adds ROSE's figures to the Trainer's logs, and fails a training without ROSE.
 
-    The state of ROSE needs no callback: it lies in the optimizer's state and is saved and restored with it.
+    The Trainer puts reporters (TensorBoard, W&B ...) before the callbacks that it is given, so figures of one from
+    `callbacks=[RoseCallback()]` reach its history only; `RoseCallback.add_to(trainer)` puts it before them. The state
+    of ROSE needs no callback: it lies in the optimizer's state and is saved and restored with it.
 
     Raises:
         RoseInactiveError: At the start if ROSE is not attached to the model; at the end if it never acted.
@@ -26,8 +26,21 @@ class RoseCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._selector: RoseSelector | None = None
-        self._steps_before = 0
+        self._acted_before = 0
         self._global_step_before = 0
+        self._is_first = False
+
+    @classmethod
+    def add_to(cls, trainer: Trainer) -> RoseCallback:
+        """Make a callback and put it before the reporters of a Trainer.
+
+        Args:
+            trainer: One that has not started to train.
+        """
+        callback = cls()
+        callback._is_first = True
+        trainer.callback_handler.callbacks.insert(0, callback)
+        return callback
 
     def on_train_begin(
         self,
@@ -44,8 +57,14 @@ class RoseCallback(TrainerCallback):
                 "RoseCallback: ROSE is not attached to the model; use get_peft_model(model, ROSEConfig(...)) or "
                 "attach_rose(model, config), or leave the callback out."
             )
-        _move_to_front(self, sys._getframe(1).f_locals.get("self"))
-        self._steps_before = self._selector.statistics().steps
+        reporters = getattr(args, "report_to", None) or []
+        if reporters and not self._is_first:
+            warnings.warn(
+                f"report_to={reporters}: these come before callbacks=[RoseCallback()] and do not get its figures; use "
+                "RoseCallback.add_to(trainer) instead.",
+                stacklevel=2,
+            )
+        self._acted_before = self._selector.steps_taken
         self._global_step_before = state.global_step
 
     def on_log(
@@ -70,7 +89,7 @@ class RoseCallback(TrainerCallback):
         taken = state.global_step - self._global_step_before
         if self._selector is None or taken <= 0:
             return
-        if self._selector.statistics().steps == self._steps_before:
+        if self._selector.steps_taken == self._acted_before:
             raise RoseInactiveError(
                 f"the Trainer took {taken} steps, and ROSE acted in none of them: the optimizer does "
                 "not hold the model's units. Let the Trainer make the optimizer, or make it after get_peft_model."
@@ -86,23 +105,9 @@ class RoseCallback(TrainerCallback):
         statistics = selector.statistics()
         return {
             "rose/kept_share": statistics.kept_share,
+            "rose/kept_weight_share": statistics.kept_weight_share,
             "rose/last_kept_share": statistics.last_kept_share,
+            "rose/last_kept_weight_share": statistics.last_kept_weight_share,
+            "rose/frozen_units": float(len(statistics.frozen_units())),
             "rose/skipped_risk_passes": float(statistics.skipped_risk_passes),
         }
-
-
-def _move_to_front(callback: TrainerCallback, handler: Any) -> None:
-    """Put a callback before the reporters, which read the logs in the order of the callbacks.
-
-    The Trainer puts reporters before the callbacks of the user, and gives a callback no way to its handler but the
-    call itself.
-    """
-    if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(0, callback)
-    else:
-        warnings.warn(
-            "RoseCallback was called by something other than the Trainer's CallbackHandler, so reporters that come "
-            "before it do not get its figures; put it first.",
-            stacklevel=3,
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from peft import PeftConfig, PeftType, get_peft_config
@@ -12,6 +13,10 @@ from .adapter_file import check_adapter_file
 from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
+RISK_PASSES = ("paired", "sampled")
+ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
+RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
+HEADS = ("softmax", "multi_label", "regression", "causal")
 
 LOADING_NOTE = """\
 ## Loading this adapter
@@ -44,12 +49,27 @@ class ROSEConfig(PeftConfig):
         lower_quantile: Units with a score below this quantile are frozen for the step, in [0, 1].
         gamma: Weight of the first-order mask in the ensemble, in [0, 1]; the second-order mask has 1 - gamma.
         warmup_steps: Number of optimizer steps at the start that update every unit fully.
+        risk_pass: How the dropout divergence is measured: "paired" (as published: the whole batch twice at every step;
+            the loss is the mean over both passes) or "sampled" (some rows once more at every few steps, beside the
+            user's own pass, which is left as it is).
+        risk_interval: Sampled: number of optimizer steps from one risk pass to the next.
+        risk_fraction: Sampled: share of the batch's rows in a risk pass, in (0, 1].
+        risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
+        skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
+            frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
+            their second moments and step counts rest instead of going on.
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
             while ROSE is attached, and applied to the inputs of the target modules where the model has none.
+        head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
+            per number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
+            None goes by `model.config.problem_type`, the kind of model and the shape of the logits.
         target_modules: None trains the whole model; units are then the weights inside the repeated blocks. Names or a
             regular expression train those modules only, and their weights are units.
         exclude_modules: Names or a regular expression of modules that stay frozen.
         modules_to_save: Further modules that are trained, unmasked, and saved with the adapter.
+        original_weights: Full fine-tuning: what becomes of the weights as they were before the training, while copies
+            of them train: "keep" (twice the memory for weights), "cpu" (they come back while the adapter is disabled)
+            or "drop" (disabling, unloading without merging and further adapters are errors).
         base_config: The config of the PEFT method that ROSE steers, such as `LoraConfig(r=8)`.
 
     Raises:
@@ -70,12 +90,47 @@ class ROSEConfig(PeftConfig):
     warmup_steps: int = field(
         default=0, metadata={"help": "Number of optimizer steps at the start that update every unit fully."}
     )
+    risk_pass: Literal["paired", "sampled"] = field(
+        default="paired",
+        metadata={
+            "help": (
+                "How the dropout divergence is measured: 'paired' (as published: the whole batch twice at every step) "
+                "or 'sampled' (some rows once more at every few steps)."
+            )
+        },
+    )
+    risk_interval: int = field(
+        default=RISK_INTERVAL,
+        metadata={"help": "Sampled: number of optimizer steps from one risk pass to the next, at least 1."},
+    )
+    risk_fraction: float = field(
+        default=RISK_FRACTION, metadata={"help": "Sampled: share of the batch's rows in a risk pass, in (0, 1]."}
+    )
+    risk_smoothing: float = field(
+        default=RISK_SMOOTHING,
+        metadata={"help": "Sampled: weight of the past in the average of squared norms, in [0, 1)."},
+    )
+    skip_frozen_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "With strategy='first_order' and risk_pass='sampled': build no gradients of units that are frozen."
+        },
+    )
     dropout: float | None = field(
         default=None,
         metadata={
             "help": (
                 "None: the model's own dropout. A probability in (0, 1): set on every dropout module while ROSE is "
                 "attached, and applied to the inputs of the target modules where the model has no dropout module."
+            )
+        },
+    )
+    head: Literal["softmax", "multi_label", "regression", "causal"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "What the logits mean: 'softmax', 'multi_label', 'regression' or 'causal'. None: found from the "
+                "model's problem_type, its kind and the shape of the logits."
             )
         },
     )
@@ -89,6 +144,15 @@ class ROSEConfig(PeftConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained, unmasked, and saved with the adapter."}
     )
+    original_weights: Literal["keep", "cpu", "drop"] = field(
+        default="keep",
+        metadata={
+            "help": (
+                "Full fine-tuning: 'keep' the original weights beside the copies that train, move them to the 'cpu', "
+                "or 'drop' them."
+            )
+        },
+    )
     base_config: PeftConfig | None = field(
         default=None, metadata={"help": "Config of the PEFT method that ROSE steers; None for full fine-tuning."}
     )
@@ -96,16 +160,55 @@ class ROSEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("ROSE")
+        self._make_plain()
         self._check_selection()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         if isinstance(self.base_config, dict):
             self.base_config = get_peft_config(self.base_config)
         if self.base_config is not None:
             self._check_base_config(self.base_config)
             self._take_over(self.base_config)
+
+    @property
+    def needs_risk_pass(self) -> bool:
+        """Whether the strategy looks at the dropout divergence."""
+        return self.strategy != "second_order"
+
+    @property
+    def needs_momentum(self) -> bool:
+        """Whether the strategy compares gradients with the momentum."""
+        return self.strategy != "first_order"
+
+    def risk_is_due(self, step: int) -> bool:
+        """Whether the risk passes of a step are wanted.
+
+        Args:
+            step: Number of masked optimizer steps taken before.
+        """
+        return self.needs_risk_pass and (self.risk_pass == "paired" or step % self.risk_interval == 0)
+
+    def _make_plain(self) -> None:
+        """Turn numbers of numpy into Python's, which JSON knows, and copy lists, so that none is shared."""
+        for name in (
+            "upper_quantile",
+            "lower_quantile",
+            "gamma",
+            "dropout",
+            "warmup_steps",
+            "risk_interval",
+            "risk_fraction",
+            "risk_smoothing",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, Integral) and not isinstance(value, (bool, int)):
+                setattr(self, name, int(value))
+            elif isinstance(value, Real) and not isinstance(value, (bool, int, float)):
+                setattr(self, name, float(value))
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                setattr(self, name, set(value))
+        if isinstance(self.modules_to_save, (list, tuple, set)):
+            self.modules_to_save = list(self.modules_to_save)  # PEFT adds the heads of the task in place
 
     def _check_selection(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -124,9 +227,60 @@ class ROSEConfig(PeftConfig):
             raise RoseConfigError(
                 f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
             )
+        self._check_risk_pass()
+        if self.original_weights not in ORIGINAL_WEIGHTS:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} is unknown; choose one of {', '.join(ORIGINAL_WEIGHTS)}."
+            )
+        if self.original_weights != "keep" and self.base_config is not None:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} has no effect beside a base_config, whose adapter needs "
+                "the original weights; leave it out."
+            )
         if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
             raise RoseConfigError(
                 f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."
+            )
+        if self.head is not None and self.head not in HEADS:
+            raise RoseConfigError(
+                f"head={self.head!r} is unknown; choose one of {', '.join(HEADS)}, or None to have it found."
+            )
+
+    def _check_risk_pass(self) -> None:
+        if self.risk_pass not in RISK_PASSES:
+            raise RoseConfigError(f"risk_pass={self.risk_pass!r} is unknown; choose one of {', '.join(RISK_PASSES)}.")
+        interval = self.risk_interval
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+            raise RoseConfigError(
+                f"risk_interval={interval!r} is not a number of optimizer steps; pass an integer >= 1."
+            )
+        for name, inside, words in (
+            ("risk_fraction", lambda value: 0 < value <= 1, "(0, 1]"),
+            ("risk_smoothing", lambda value: 0 <= value < 1, "[0, 1)"),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not inside(value):
+                raise RoseConfigError(f"{name}={value!r} is not a number in {words}; pass one that is.")
+        for name, default in (
+            ("risk_interval", RISK_INTERVAL),
+            ("risk_fraction", RISK_FRACTION),
+            ("risk_smoothing", RISK_SMOOTHING),
+        ):
+            if self.risk_pass == "paired" and getattr(self, name) != default:
+                raise RoseConfigError(
+                    f"{name}={getattr(self, name)!r} has no effect with risk_pass='paired'; leave it out, or set "
+                    "risk_pass='sampled'."
+                )
+        if self.skip_frozen_gradients and (self.risk_pass != "sampled" or self.strategy != "first_order"):
+            raise RoseConfigError(
+                "skip_frozen_gradients=True needs masks that are known before the gradients: set "
+                f"strategy='first_order' and risk_pass='sampled' (here {self.strategy!r} and {self.risk_pass!r}), or "
+                "leave it out."
+            )
+        if self.risk_pass == "sampled" and not self.needs_risk_pass:
+            raise RoseConfigError(
+                "risk_pass='sampled' has no effect with strategy='second_order', which looks at no divergence; leave "
+                "it out, or choose 'first_order' or 'ensemble'."
             )
 
     def _check_base_config(self, base_config: Any) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .errors import UnsupportedModelError
+from .overlay import lay_over, lift
 
 # Attribute on a base parameter that holds what was there before a copy was merged into it. A tied parameter belongs to
 # several layers, and this tells the later ones that the first has merged it. They all keep it under `_unmerged` as
@@ -24,8 +24,9 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     Wraps one module that has parameters of its own.
 
     A module without children is copied whole (`rose_copy`), so that buffers such as running statistics come along. A
-    module with children is not: its own parameters are copied one by one (`rose_<parameter>`) and swapped in for the
-    call, while its children are wrapped by themselves. Either way PEFT finds the adapter name where it looks for it.
+    module with children is not: its own parameters are copied one by one (`rose_<parameter>`) and found by the module
+    in place of them, while its children are wrapped by themselves. Either way PEFT finds the adapter name where it
+    looks for it.
 
     Args:
         base_layer: The module to wrap.
@@ -42,6 +43,10 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.frozen = tuple(frozen)
+        # Tied parameters stay tied when the originals are put away.
+        self.identities = {name: id(param) for name, param in base_layer.named_parameters(recurse=False)}
+        self._away: dict[str, Tensor | None] = {}
+        self._comes_back = False
         self.parameter_names = [name for name, _ in base_layer.named_parameters(recurse=False)]
         self.copies_module = not any(True for _ in base_layer.children())
         if self.copies_module:
@@ -51,10 +56,17 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             self.adapter_layer_names = tuple(f"rose_{name}" for name in self.parameter_names)
             for name in self.adapter_layer_names:
                 setattr(self, name, nn.ParameterDict())
+            lay_over(base_layer, self, self.parameter_names)
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
-        """Add a trainable copy of the base parameters under an adapter name."""
+        """Add a trainable copy of the base parameters under an adapter name.
+
+        Raises:
+            UnsupportedModelError: If the base parameters were dropped.
+        """
+        away = bool(self._away)
+        self._bring_back()
         source = {
             name: self._unmerged.get(name, getattr(param, _UNMERGED, param.detach())).clone()
             for name, param in self.base_layer.named_parameters(recurse=False)
@@ -65,6 +77,67 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             for name, value in source.items():
                 getattr(self, f"rose_{name}")[adapter_name] = nn.Parameter(value)
         self._keep_frozen()
+        if away:
+            self.put_away("cpu")
+
+    # The originals, which only disabling, unloading and further adapters ask for ------------------------------------
+
+    def put_away(self, how: Literal["cpu", "drop"]) -> None:
+        """Free the memory of the base parameters: copies train in their place.
+
+        Args:
+            how: "cpu" keeps them there until they are asked for, "drop" keeps nothing.
+        """
+        for name in self.parameter_names:
+            base = self.base_layer._parameters[name]
+            if base is not None:
+                self._away[name] = base.detach().cpu() if how == "cpu" else None
+                self.base_layer._parameters[name] = None
+
+    def _bring_back(self) -> None:
+        """Put the base parameters where they were.
+
+        Raises:
+            UnsupportedModelError: If they were dropped.
+        """
+        self.check_originals()
+        for name, value in self._away.items():
+            assert value is not None
+            slot = self.slots(name)[0] if self.slots(name) else None
+            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            value = value if copied is None else value.to(copied.device)
+            self.base_layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+        self._away.clear()
+
+    def check_originals(self) -> None:
+        """Refuse what needs base parameters that are gone.
+
+        Raises:
+            UnsupportedModelError: Naming the option.
+        """
+        if any(value is None for value in self._away.values()):
+            raise UnsupportedModelError(
+                f"original_weights='drop' has dropped the weights that {type(self.base_layer).__name__} had before "
+                "the training, and disabling, unloading or adding an adapter needs them. Train with "
+                "original_weights='cpu' or 'keep'; merge_and_unload() works as it is."
+            )
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the copies or the originals; originals that were put away come back for as long as they are used.
+
+        Args:
+            enabled: Whether the copies are used.
+
+        Raises:
+            UnsupportedModelError: If the originals were dropped.
+        """
+        if not enabled and self._away:
+            self._bring_back()
+            self._comes_back = True
+        super().enable_adapters(enabled)
+        if enabled and self._comes_back:
+            self._comes_back = False
+            self.put_away("cpu")
 
     def slots(self, parameter_name: str) -> list[tuple[nn.Module, str]]:
         """Where the copies of one parameter live, for every adapter."""
@@ -126,12 +199,20 @@ class RoseLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the copy of the active adapter, or the base layer where none is in use."""
         adapter_name = self._adapter_in_use()
-        if adapter_name is None:
-            return self.base_layer(*args, **kwargs)
-        if self.copies_module:
+        if adapter_name is not None and self.copies_module:
             return self.rose_copy[adapter_name](*args, **kwargs)
-        copies: dict[str, Tensor] = {name: param for name, _, param in self.copies(adapter_name)}
-        return functional_call(self.base_layer, copies, args, kwargs)
+        return self.base_layer(*args, **kwargs)
+
+    def tensor_in_use(self, parameter_name: str) -> Tensor | None:
+        """The copy of the active adapter, or the base parameter where none is in use.
+
+        Args:
+            parameter_name: Name of one of the module's own parameters.
+        """
+        adapter_name = self._adapter_in_use()
+        slot = self.slot(parameter_name, adapter_name) if adapter_name is not None else None
+        base = self.base_layer._parameters[parameter_name]
+        return slot[0]._parameters[slot[1]] if slot is not None and base is not None else base
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -161,6 +242,11 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 setattr(base, _UNMERGED, base.data)
                 base.data = copied.detach().clone()
             self._unmerged[name] = getattr(base, _UNMERGED)
+        for name in self._away:
+            slot = self.slot(name, names[0])
+            trained = slot[0]._parameters[slot[1]] if slot is not None else None
+            if trained is not None:
+                self.base_layer._parameters[name] = trained
         if self.copies_module:
             buffers = self.base_layer._buffers
             self._unmerged_buffers = dict(buffers)
@@ -176,9 +262,23 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             base = self.base_layer._parameters[name]
             if base is not None:
                 base.data = value
+        for name in self._away:
+            self.base_layer._parameters[name] = None
         if self.copies_module:
             self.base_layer._buffers.update(self._unmerged_buffers)
         self.forget_unmerged()
+
+    def release(self) -> nn.Module:
+        """Give the wrapped module back as it was before the wrapping; the layer is of no use after that.
+
+        Raises:
+            UnsupportedModelError: If nothing is merged into it and its own parameters were dropped.
+        """
+        if not self.merged:
+            self._bring_back()
+        self.forget_unmerged()
+        lift(self.base_layer)
+        return self.base_layer
 
     def forget_unmerged(self) -> None:
         """Take what is merged for the base parameters from now on."""
@@ -210,13 +310,27 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             return self._attribute(name)
 
     def _attribute(self, name: str) -> Any:
+        return getattr(self._module_in_use(), name)
+
+    def _module_in_use(self) -> nn.Module:
         adapter_name = self._adapter_in_use()
-        if adapter_name is not None:
-            if self.copies_module:
-                return getattr(self.rose_copy[adapter_name], name)
-            if name in self.parameter_names:
-                return getattr(self, f"rose_{name}")[adapter_name]
-        return getattr(self.base_layer, name)
+        return self.rose_copy[adapter_name] if adapter_name is not None and self.copies_module else self.base_layer
+
+    # Python looks these up on the class: a ParameterList is read by index.
+    def __getitem__(self, key: Any) -> Any:
+        return self._module_in_use()[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._module_in_use())  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._module_in_use())  # type: ignore[arg-type]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._module_in_use())})
 
     def __repr__(self) -> str:
         return "rose." + super().__repr__()
@@ -244,9 +358,8 @@ def tie_copies(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if not isinstance(layer, RoseLayer):
             continue
-        for name, base, copied in layer.copies(adapter_name):
-            shared = first.setdefault(id(base), copied)
-            if shared is not copied:
-                slot = layer.slot(name, adapter_name)
-                assert slot is not None
-                slot[0]._parameters[slot[1]] = shared
+        for name, identity in layer.identities.items():
+            slot = layer.slot(name, adapter_name)
+            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            if slot is not None and copied is not None:
+                slot[0]._parameters[slot[1]] = first.setdefault(identity, copied)

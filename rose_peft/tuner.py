@@ -21,6 +21,7 @@ from torch import nn
 from .config import ROSEConfig
 from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, UnsupportedModelError
 from .layer import RoseLayer, tie_copies
+from .overlay import obstacle
 from .selector import RoseSelector, find_selector
 from .units import base_modules, find_units
 
@@ -49,14 +50,14 @@ class ROSEModel(BaseTuner):
     def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
         if peft_config is None:  # copy and pickle fill the object in themselves
             return super().__new__(cls)
-        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
-        _add_late_heads(config)
+        wrapped = isinstance(peft_config, dict)  # by a PeftModel; `inject_adapter_in_model` passes the config alone
+        config = own_copy(peft_config[adapter_name] if wrapped else peft_config)
         if find_selector(model) is not None:
             raise AlreadyAttachedError(
                 f"ROSE is already attached to this {type(model).__name__}; call detach_rose(model) first."
             )
         if config.base_config is not None:
-            return _build_inner(model, config, adapter_name, **kwargs)
+            return _build_inner(model, config, adapter_name, wrapped, **kwargs)
         return super().__new__(cls)
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -71,7 +72,7 @@ class ROSEModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the target modules, tie the copies of tied weights, and attach ROSE where the adapter trains."""
-        config: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = own_copy(self.peft_config[adapter_name])
         if config.base_config is not None:
             raise RoseConfigError(
                 "base_config cannot be added to a model that is fully fine-tuned with ROSE; start from the base model "
@@ -80,17 +81,11 @@ class ROSEModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
+        if not config.inference_mode and config.original_weights != "keep":
+            for layer in _rose_layers(model):
+                layer.put_away(config.original_weights)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the adapter; ROSE goes on with that adapter's settings."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        selector = find_selector(self.model)
-        name = adapter_name if isinstance(adapter_name, str) else next(iter(adapter_name), None)
-        config: Any = self.peft_config.get(name) if name is not None else None
-        if selector is not None and config is not None and selector.config is not config:
-            selector.hand_over(config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         return peft_config
@@ -99,6 +94,7 @@ class ROSEModel(BaseTuner):
         refuse_quantized(model)
         _maybe_include_all_linear_layers(peft_config, model)  # in place
         self._targets = self._find_targets(peft_config, model)
+        _refuse_obstacles(model, self._targets)
         if not peft_config.inference_mode:
             find_units(model, peft_config, self._targets)  # refuses before anything is changed
             if peft_config.target_modules is None:
@@ -221,28 +217,47 @@ class ROSEModel(BaseTuner):
         # PEFT looks modules up by names that are out of date once the container around them is unloaded, so our layers
         # go first; it then deals with `modules_to_save`.
         layers = _rose_layers(self.model)
+        for layer in () if merge else layers:
+            layer.check_originals()
         for layer in layers if merge else ():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         selector = find_selector(self.model)
         if selector is not None:
             selector.detach()
-        for layer in layers:
-            layer.forget_unmerged()
-        _replace_children(self.model, {id(layer): layer.base_layer for layer in layers})
+        _replace_children(self.model, {id(layer): layer.release() for layer in layers})
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_tied_modules(self, *args: Any) -> None:
         """PEFT's warning about tied weights does not apply either."""
 
 
-def _add_late_heads(config: ROSEConfig) -> None:
-    """Name the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner.
+def own_copy(config: Any) -> Any:
+    """Copy a ROSEConfig for one model: what is found out about that model is written into the copy only.
 
-    By then the head would be wrapped as a part of the model, and the inner config would have been copied.
+    It names the head of the task in `modules_to_save` where PEFT does so only after it has built the tuner; by then
+    the head would be wrapped as a part of the model, and the inner config would have been copied.
+
+    Args:
+        config: As the user gave it; he may use it again for another model.
     """
-    missing = [name for name in _LATE_HEADS.get(config.task_type, ()) if name not in (config.modules_to_save or ())]
-    if missing:
-        config.modules_to_save = [*(config.modules_to_save or ()), *missing]
+    saved = config.modules_to_save or []
+    named = list(dict.fromkeys([*saved, *_LATE_HEADS.get(config.task_type, ())]))
+    if config.inference_mode and named == saved and config.target_modules != "all-linear":
+        return config  # nothing is found out; PEFT's users expect the object that they gave to `from_pretrained`
+    copied = copy.deepcopy(config)
+    copied.modules_to_save = named or copied.modules_to_save
+    return copied
+
+
+def _refuse_obstacles(model: nn.Module, targets: set[str]) -> None:
+    for name, module in base_modules(model):
+        if name in targets and not isinstance(module, RoseLayer) and any(True for _ in module.children()):
+            reason = obstacle(module, _own_parameters(module))
+            if reason is not None:
+                raise UnsupportedModelError(
+                    f"the parameters {_own_parameters(module)} of {name!r} cannot have trained copies: {reason}. "
+                    f"Leave it out by exclude_modules=[{name!r}], or freeze them (requires_grad_(False))."
+                )
 
 
 def _rose_layers(model: nn.Module) -> list[RoseLayer]:
@@ -287,8 +302,8 @@ def refuse_quantized(model: nn.Module) -> None:
         )
 
 
-def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, **kwargs: Any) -> BaseTuner:
-    """Build the tuner of the base config and attach ROSE to it."""
+def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, wrapped: bool, **kwargs: Any) -> BaseTuner:
+    """Build the tuner of the base config and attach ROSE, to the tuner where a PeftModel will keep it."""
     inner = copy.deepcopy(config.base_config)
     assert inner is not None
     inner.inference_mode = config.inference_mode
@@ -304,6 +319,6 @@ def _build_inner(model: nn.Module, config: ROSEConfig, adapter_name: str, **kwar
     tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(inner.peft_type)]
     tuner = tuner_cls(model, {adapter_name: inner}, adapter_name, **kwargs)
     if not config.inference_mode:
-        # The tuner calls `model.forward` directly, so hooks on the model would not fire.
-        RoseSelector(tuner, model, config)
+        # A PeftModel calls the tuner, which calls `model.forward` directly, so hooks on the model would not fire.
+        RoseSelector(tuner if wrapped else model, model, config)
     return tuner

@@ -1,9 +1,14 @@
-"""Which parameters form which unit: a tensor in full fine-tuning, all adapter tensors of one module elsewhere."""
+"""Which parameters form which unit: a tensor in full fine-tuning, all adapter tensors of one module elsewhere.
+
+`find_units` looks once; `LiveUnits` keeps up with a model whose adapters and layers change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
@@ -11,6 +16,10 @@ from torch import Tensor, nn
 from .config import ROSEConfig
 from .errors import TargetModulesError
 from .layer import RoseLayer
+
+# What stands for the name of an adapter where a model trains in place.
+PLAIN = "model"
+Slot = tuple[nn.Module, str]
 
 
 @dataclass(frozen=True)
@@ -20,15 +29,22 @@ class Unit:
     Args:
         name: Name of the weight in the base model, or of the module for an adapter.
         slots: Where the tensors live (module, attribute); a sharding engine may replace what lies there.
+        adapter: Name of the adapter that they belong to; `PLAIN` for a model that trains in place.
     """
 
     name: str
     slots: tuple[tuple[nn.Module, str], ...]
+    adapter: str = PLAIN
 
     def tensors(self) -> list[Tensor]:
         """Whatever the modules hold in place of the parameters, which need not be parameters."""
         found = (getattr(module, name, None) for module, name in self.slots)
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+    def size(self) -> int:
+        """Number of weights, those of an inactive adapter too."""
+        found = (module._parameters.get(name) for module, name in self.slots)
+        return sum(param.numel() for param in found if param is not None)
 
     def parameters(self) -> list[Tensor]:
         """The tensors that train now; those of an inactive adapter do not."""
@@ -42,10 +58,11 @@ def is_weight(parameter_name: str) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the repeated transformer blocks: the members of the outermost lists of composite modules of one class.
+    """Names of the repeated transformer blocks: the members of the outermost lists of composite modules.
 
     The published rule (names with `layer` and `weight`) selects the weights in these blocks on RoBERTa; this one finds
-    the same place in models with other names.
+    the same place in models with other names. Blocks of several classes may take turns in one list (attention and
+    state space, self and cross attention); lists inside a block, such as its experts, are part of it.
 
     Args:
         model: Any model, wrapped by a tuner or not; names are those of the base model.
@@ -54,14 +71,44 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     for name, module in base_modules(model):
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or _inside(name, blocks):
             continue
-        # A wrapped module is judged by what it wraps: all layers of ours are of one class and have children.
+        # A wrapped module is judged by what it wraps: all layers of ours are of one class and have children. What has
+        # no parameters (an identity in place of a block) says nothing.
         children = [c.get_base_layer() if isinstance(c, BaseTunerLayer) else c for c in module.children()]
-        same = len({type(child) for child in children}) == 1
+        children = [child for child in children if any(True for _ in child.parameters())]
+        kinds = {type(child) for child in children}
         composite = all(any(True for _ in child.children()) for child in children)
-        # One child in a Sequential is how heads are written; one in a ModuleList is a model with one layer.
-        if children and same and composite and (isinstance(module, nn.ModuleList) or len(children) > 1):
+        if isinstance(module, nn.ModuleList):
+            # Once each in a list may stand blocks, but also whole models: those have embeddings.
+            repeat = len(kinds) < max(2, len(children)) or not any(
+                isinstance(inner, nn.Embedding) for child in children for inner in child.modules()
+            )
+        else:  # a pipeline of different things, or a head, may be a Sequential too
+            repeat = len(kinds) < len(children)
+        if children and repeat and composite:
             blocks.extend(f"{name}.{index}" if name else str(index) for index, _ in module.named_children())
     return blocks
+
+
+def block_coverage(model: nn.Module, units: Sequence[Unit]) -> float:
+    """Share of the weights in repeated blocks that belong to units, in [0, 1]; 1 for a model without such blocks.
+
+    Args:
+        model: The base model with layers of full fine-tuning in it, or a plain model.
+        units: Its units; weights, not adapters.
+    """
+    blocks = repeated_blocks(model)
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in base_modules(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for parameter_name, param in base.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter_name}" if name else parameter_name
+            if is_weight(parameter_name) and _inside(full_name, blocks) and id(param) not in seen:
+                seen.add(id(param))
+                sizes[full_name] = param.numel()
+    covered = {unit.name for unit in units}
+    total = sum(sizes.values())
+    return sum(size for name, size in sizes.items() if name in covered) / total if total else 1.0
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -94,41 +141,56 @@ def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | No
     Raises:
         TargetModulesError: If there are none; the message lists modules that could be named.
     """
-    if any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules()):
-        units = _adapter_units(model)
-    else:
-        units = _weight_units(model, config, among)
+    units = _adapter_units(model) if _has_other_tuner(model) else _weight_units(model, config, among)
     if not units:
         candidates = [
             name for name, module in base_modules(model) if name and any(True for _ in _weight_slots(module))
         ]
         raise TargetModulesError(
             f"target_modules={config.target_modules if config else None!r} leaves no weight to mask: with None the "
-            "weights inside repeated blocks (an nn.ModuleList of equal blocks) are units. Pass target_modules; "
+            "weights inside repeated blocks (an nn.ModuleList of blocks) are units. Pass target_modules; "
             f"candidates: {', '.join(candidates[:12])}{' ...' if len(candidates) > 12 else ''}."
         )
     return units
 
 
+def _has_other_tuner(model: nn.Module) -> bool:
+    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
+
+
 def _adapter_units(model: nn.Module) -> list[Unit]:
     units = []
     seen: set[int] = set()
+    names: set[tuple[str, str]] = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        slots = []
-        for attribute in dict.fromkeys(layer.adapter_layer_names):
-            container = getattr(layer, attribute, None)
-            if not isinstance(container, nn.Module):
-                continue
-            for module in container.modules():
-                for parameter_name, param in module.named_parameters(recurse=False):
-                    if id(param) not in seen:
-                        seen.add(id(param))
-                        slots.append((module, parameter_name))
-        if slots:
-            units.append(Unit(name.replace(".base_layer", ""), tuple(slots)))
+        by_adapter: dict[str, list[Slot]] = {}
+        for adapter, module, parameter_name in _adapter_slots(layer):
+            param = module._parameters[parameter_name]
+            if id(param) not in seen:
+                seen.add(id(param))
+                by_adapter.setdefault(adapter, []).append((module, parameter_name))
+        for adapter, slots in by_adapter.items():
+            own = name.replace(".base_layer", "")
+            # LoRA on parameters wraps one module once per parameter: the parameter's name tells them apart.
+            if (own, adapter) in names:
+                own = f"{own}.{getattr(layer, 'parameter_name', name)}"
+            names.add((own, adapter))
+            units.append(Unit(own, tuple(slots), adapter))
     return units
+
+
+def _adapter_slots(layer: BaseTunerLayer) -> Iterator[tuple[str, nn.Module, str]]:
+    """(adapter name, module, attribute) of every adapter tensor; PEFT keys its containers by adapter names."""
+    for attribute in dict.fromkeys(layer.adapter_layer_names):
+        container = getattr(layer, attribute, None)
+        if not isinstance(container, nn.Module):
+            continue
+        for path, module in container.named_modules():
+            for parameter_name in module._parameters:
+                if module._parameters[parameter_name] is not None:
+                    yield path.split(".")[0] or parameter_name, module, parameter_name
 
 
 def _weight_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | None) -> list[Unit]:
@@ -138,14 +200,14 @@ def _weight_units(model: nn.Module, config: ROSEConfig | None, among: set[str] |
     for name, module in base_modules(model):
         if among is not None and name not in among:
             continue
-        for parameter_name, slots in _weight_slots(module):
+        for parameter_name, adapter, slot in _weight_slots(module):
             full_name = f"{name}.{parameter_name}" if name else parameter_name
             if not is_weight(parameter_name) or not _is_unit(full_name, name, blocks, config, module):
                 continue
-            fresh = [(m, p) for m, p in slots if id(m._parameters[p]) not in seen]
-            seen.update(id(m._parameters[p]) for m, p in fresh)
-            if fresh:
-                units.append(Unit(full_name, tuple(fresh)))
+            identity = id(slot[0]._parameters[slot[1]])
+            if identity not in seen:
+                seen.add(identity)
+                units.append(Unit(full_name, (slot,), adapter))
     return units
 
 
@@ -160,10 +222,170 @@ def _is_unit(
     return any(check_target_module_exists(config, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
 
 
-def _weight_slots(module: nn.Module) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
+def _weight_slots(module: nn.Module) -> Iterator[tuple[str, str, Slot]]:
+    """(parameter name, adapter name, slot) of every parameter of a module's own, copies in place of the base's."""
     if isinstance(module, RoseLayer):
         for parameter_name in module.parameter_names:
-            yield parameter_name, module.slots(parameter_name)
+            for adapter in sorted(module._get_available_adapters()):
+                slot = module.slot(parameter_name, adapter)
+                if slot is not None:
+                    yield parameter_name, adapter, slot
     else:
         for parameter_name, _ in module.named_parameters(recurse=False):
-            yield parameter_name, [(module, parameter_name)]
+            yield parameter_name, PLAIN, (module, parameter_name)
+
+
+class LiveUnits:
+    """
+    The units of a model as it is now, by adapter.
+
+    Args:
+        model: The base model with tuner layers in it, or a plain model.
+        config: The settings it was attached with; an adapter that has a ROSEConfig of its own goes by that.
+
+    Raises:
+        TargetModulesError: If there are none.
+    """
+
+    def __init__(self, model: nn.Module, config: ROSEConfig) -> None:
+        self.model = model
+        self._config = config
+        # The settings given here overrule those of adapters that are there already, such as loaded ones.
+        self._overruled = {name: id(own) for name, own in (self._peft_configs() or {}).items()}
+        self.by_adapter: dict[str, list[Unit]] = {}
+        self._warned = False
+        self._find()
+
+    def _find(self) -> None:
+        self._signature = self._structure()
+        self._witness = self._first_tuner_layer()
+        self.by_adapter = {}
+        configs = self._peft_configs()
+        if configs == {}:  # after the last adapter was deleted there is nothing to steer
+            return
+        if not any(isinstance(config, ROSEConfig) for config in (configs or {}).values()):
+            for unit in find_units(self.model, self._config):
+                self.by_adapter.setdefault(unit.adapter, []).append(unit)
+            self._warn_of_small_coverage()
+            return
+        for adapter, own in (configs or {}).items():
+            if isinstance(own, ROSEConfig):
+                found = find_units(self.model, self.config_of(adapter))
+                self.by_adapter[adapter] = [unit for unit in found if unit.adapter == adapter]
+        self._warn_of_small_coverage()
+
+    def _warn_of_small_coverage(self) -> None:
+        """Say once where most of the blocks is never masked; adapters are small beside the weights by their nature."""
+        for units in self.by_adapter.values():
+            coverage = block_coverage(self.model, units)
+            if units and coverage < 0.5 and not self._warned and not _has_other_tuner(self.model):
+                self._warned = True
+                warnings.warn(
+                    f"the {len(units)} units cover {coverage:.0%} of the weights in repeated blocks, less than half: "
+                    "the others are never masked. Widen target_modules if that is not meant.",
+                    stacklevel=2,
+                )
+
+    def config_of(self, adapter: str) -> ROSEConfig:
+        """The settings of one adapter.
+
+        Args:
+            adapter: Its name.
+        """
+        own = (self._peft_configs() or {}).get(adapter)
+        return own if isinstance(own, ROSEConfig) and self._overruled.get(adapter) != id(own) else self._config
+
+    def refresh(self) -> bool:
+        """Find the units anew where adapters or layers have changed, and return whether they have."""
+        if self._signature == self._structure():
+            return False
+        self._find()
+        return True
+
+    def unloaded(self) -> bool:
+        """Whether the adapter was merged or unloaded, of which other methods' tuners do not tell us."""
+        if self._witness is None:
+            return False
+        there = {id(module) for module in self.model.modules()}
+        ours = {id(module) for units in self.by_adapter.values() for unit in units for module, _ in unit.slots}
+        return id(self._witness) not in there and not ours & there
+
+    def parameters(self, adapter: str) -> list[tuple[int, Tensor]]:
+        """(unit index, parameter) of everything of one adapter that trains now.
+
+        Args:
+            adapter: Its name.
+        """
+        units = self.by_adapter.get(adapter, ())
+        return [(index, param) for index, unit in enumerate(units) for param in unit.parameters()]
+
+    def all_parameters(self, adapter: str) -> list[tuple[int, Tensor]]:
+        """(unit index, parameter) of one adapter, of units that are frozen or inactive now too.
+
+        Args:
+            adapter: Its name.
+        """
+        slots = [
+            (index, module._parameters.get(name))
+            for index, unit in enumerate(self.by_adapter.get(adapter, ()))
+            for module, name in unit.slots
+        ]
+        return [(index, param) for index, param in slots if param is not None]
+
+    def training(self) -> list[str]:
+        """Names of the adapters that train now; none while they are merged or disabled."""
+        if isinstance(self._witness, BaseTunerLayer) and (self._witness.merged or self._witness.disable_adapters):
+            return []
+        return [name for name, units in self.by_adapter.items() if any(unit.parameters() for unit in units)]
+
+    def dropout_targets(self) -> Iterator[nn.Module]:
+        """The modules in front of which dropout belongs: those with matrices among the units, not norms."""
+        owners = {
+            id(module)
+            for units in self.by_adapter.values()
+            for unit in units
+            for module, name in unit.slots
+            if any(param.dim() > 1 for param in [module._parameters.get(name)] if param is not None)
+        }
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                if any(id(module) in owners for module in layer.modules()):
+                    yield layer
+            elif id(layer) in owners and not isinstance(layer, (nn.ModuleDict, nn.ParameterDict)):
+                yield layer
+
+    def last_module(self) -> nn.Module | None:
+        """The last module, in order of depth, whose call uses a unit."""
+        owners = {id(module) for units in self.by_adapter.values() for unit in units for module, _ in unit.slots}
+        last: nn.Module | None = None
+        # What is inside a tuner layer does not count for itself: the second matrix of a fresh LoRA gives zeros only.
+        inside: set[int] = set()
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                own = [inner for child in _internals(module) for inner in child.modules()]
+                inside.update(map(id, own))
+                if id(module) not in inside and any(id(inner) in owners for inner in own):
+                    last = module
+            is_container = isinstance(module, (nn.ModuleDict, nn.ParameterDict, nn.ModuleList))
+            if id(module) in owners and id(module) not in inside and not is_container:
+                last = module
+        return last
+
+    def _peft_configs(self) -> dict[str, Any] | None:
+        configs = getattr(self.model, "peft_config", None)
+        return configs if isinstance(configs, dict) else None
+
+    def _structure(self) -> tuple[Any, ...]:
+        """Changes whenever a module or an adapter comes, goes or moves."""
+        configs = self._peft_configs()
+        adapters = None if configs is None else tuple((name, id(config)) for name, config in configs.items())
+        modules: list[int] = []
+        waiting = [self.model]
+        while waiting:
+            children = [child for child in waiting.pop()._modules.values() if child is not None]
+            modules.extend(map(id, children))
+            waiting.extend(children)
+        return adapters, hash(tuple(modules))
+
+    def _first_tuner_layer(self) -> nn.Module | None:
+        return next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)

@@ -13,27 +13,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rose_peft import ROSEConfig, RoseInactiveError, attach_rose, selection
-from rose_peft.divergence import output_divergence
+from rose_peft import ROSEConfig, RoseInactiveError, attach_rose, masks
+from rose_peft.divergence import logits_divergence
+from rose_peft.outputs import logits_of
 from tests.helpers import reference
+from tests.helpers.blocks import Blocks, DropoutBlocks, set_gradients, weights
 from tests.helpers.tiny import batch, tiny_bert
-from tests.test_update import Blocks, set_gradients, weights
-
-
-class DropoutBlocks(Blocks):
-    """Blocks with dropout in between, for first-order scores."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = nn.functional.dropout(layer(x), 0.3, training=self.training)
-        return self.head(x)
 
 
 def risk_gradients(model: nn.Module, call) -> tuple[Tensor, dict[str, Tensor]]:
     """Two passes; the mean loss, still with its graph, and the gradient of the divergence, computed on the spot."""
     named = dict(model.named_parameters())
     first, second = call(), call()
-    value, _ = output_divergence(first, second, {}, None, False)
+    value, _ = logits_divergence(logits_of(first), logits_of(second), {})
     grads = torch.autograd.grad(value, list(named.values()), retain_graph=True, allow_unused=True)
     return (first.loss + second.loss) / 2, dict(zip(named, grads, strict=True))
 
@@ -255,7 +247,7 @@ def test_13_first_order_freezes_without_looking_at_the_gradient():
     torch.manual_seed(0)
     model(torch.randn(8, 3, dtype=torch.float64)).square().sum().backward()
     riskiest = None
-    probe = copy.deepcopy(selector._square_sum)
+    probe = copy.deepcopy(selector.current.window._square_sum)
     riskiest = int(probe.argmax())
     weights(model)[riskiest].grad.fill_(float("nan"))
     optimizer.step()
@@ -310,7 +302,7 @@ def norms_in_float32(model: nn.Module) -> Tensor:
     selector = attach_rose(model, ROSEConfig(strategy="first_order"))
     torch.manual_seed(0)
     model(**batch(model))
-    norms = selector._square_sum.sqrt()
+    norms = selector.current.window._square_sum.sqrt()
     selector.detach()
     return norms
 
@@ -336,7 +328,7 @@ def norms_with_autocast_around_the_call(model: nn.Module) -> Tensor:
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.float16):
         model(**batch(model))
-    norms = selector._square_sum.sqrt()
+    norms = selector.current.window._square_sum.sqrt()
     selector.detach()
     return norms
 
@@ -349,7 +341,7 @@ def norms_with_autocast_inside_the_call(model: nn.Module) -> Tensor:
     torch.manual_seed(0)
     model(**batch(model))
     del model.forward
-    norms = selector._square_sum.sqrt()
+    norms = selector.current.window._square_sum.sqrt()
     selector.detach()
     return norms
 
@@ -358,8 +350,8 @@ def ranked_as_in_float32(norms_of) -> bool:
     model = tiny_divergence_model()
     wanted, norms = norms_in_float32(model), norms_of(model)
     close = torch.allclose(norms, wanted, rtol=0.1, atol=0)
-    ours, _ = selection.quantile_band(norms, 0.0, 0.5)
-    theirs, _ = selection.quantile_band(wanted, 0.0, 0.5)
+    ours, _ = masks.quantile_band(norms, 0.0, 0.5)
+    theirs, _ = masks.quantile_band(wanted, 0.0, 0.5)
     return close and (ours != theirs).sum() <= 2
 
 
@@ -419,7 +411,7 @@ def test_16_stepping_twice_does_not_compound_the_mask():
         firsts.append(selector.state.first_mask.tolist())
         seen |= set(selector.state.last_mask.tolist())
         # As published: the mix overwrites the stored first-order mask and is mixed again.
-        second = selection.quantile_band(torch.nan_to_num(selector.state.second_scores, nan=0.0), 0.0, 0.5)[0]
+        second = masks.quantile_band(torch.nan_to_num(selector.state.second_scores, nan=0.0), 0.0, 0.5)[0]
         published = gamma * (selector.state.first_mask if published is None else published) + (1 - gamma) * second
         published_values |= set(published.tolist())
     assert selector.state.steps == 4

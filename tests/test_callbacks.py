@@ -7,8 +7,8 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from rose_peft import RoseCallback, RoseInactiveError, attach_rose, detach_rose
+from tests.helpers.steps import adamw, config, train_step
 from tests.helpers.tiny import tiny_bert
-from tests.test_selector import adamw, config, train_step
 
 
 def begin(model, global_step: int = 0) -> tuple[RoseCallback, TrainerState]:
@@ -16,13 +16,6 @@ def begin(model, global_step: int = 0) -> tuple[RoseCallback, TrainerState]:
     callback, state = RoseCallback(), TrainerState(global_step=global_step)
     CallbackHandler([callback], model, None, None, None).on_train_begin(None, state, TrainerControl())
     return callback, state
-
-
-def test_a_caller_that_is_no_handler_is_warned():
-    model = tiny_bert()
-    attach_rose(model, config())
-    with pytest.warns(UserWarning, match="put it first"):
-        RoseCallback().on_train_begin(None, TrainerState(), TrainerControl(), model=model)
 
 
 def end(callback: RoseCallback, state: TrainerState) -> None:
@@ -42,7 +35,10 @@ def test_figures_are_added_to_training_logs_only():
     assert logs == {
         "loss": 1.0,
         "rose/kept_share": statistics.kept_share,
+        "rose/kept_weight_share": statistics.kept_weight_share,
         "rose/last_kept_share": statistics.last_kept_share,
+        "rose/last_kept_weight_share": statistics.last_kept_weight_share,
+        "rose/frozen_units": len(statistics.frozen_units()),
         "rose/skipped_risk_passes": 0.0,
     }
     evaluation = {"eval_loss": 1.0}

@@ -252,7 +252,7 @@ def test_statistics_go_on_when_an_adapter_is_added() -> None:
     train(model, batch(model))
     statistics = get_selector(model).statistics()
     assert statistics.steps == 6
-    assert set(statistics.units) == {*QUERY_VALUE, *(f"bert.encoder.layer.{i}.attention.self.key" for i in (0, 1))}
+    assert set(statistics.units) == set(QUERY_VALUE)  # those of the adapter that trains
 
 
 def test_a_rose_config_as_further_adapter_over_an_inner_method() -> None:
@@ -364,7 +364,7 @@ def test_one_risk_pass_per_forward_call(task_type: str | None) -> None:
     for _ in range(2):
         model(**batch(model))
     assert len(calls) == 4
-    assert int(get_selector(model)._counts.sum()) == 2
+    assert int(get_selector(model).current.window._counts.sum()) == 2
     model.get_base_model()(**batch(model))
     assert len(calls) == 6
 
@@ -576,13 +576,13 @@ def test_one_optimizer_serves_adapters_with_other_targets_in_turn() -> None:
     model = get_peft_model(tiny_bert(), ROSEConfig(task_type="SEQ_CLS", target_modules=["query"]))
     model.add_adapter("other", ROSEConfig(task_type="SEQ_CLS", target_modules=["value", "key"], upper_quantile=0.5))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for name in ("default", "other", "default"):
+    for name, steps in (("default", 2), ("other", 2), ("default", 4)):
         model.set_adapter(name)
         for _ in range(2):
             model(**batch(model)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         statistics = get_selector(model).statistics()
-        assert statistics.steps == 2
+        assert statistics.steps == steps
         trained = {unit for unit, values in statistics.units.items() if values.kept_share == values.kept_share}
         assert all(("query" in unit) == (name == "default") for unit in trained) and trained

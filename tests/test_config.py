@@ -26,7 +26,7 @@ from rose_peft import (
     detach_rose,
     get_selector,
 )
-from rose_peft.selector import _live, _optimizer_hooks
+from rose_peft.hooks import _global_handles, observers
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 from tests.helpers.training import optimizer_of, step, train, train_watched
 
@@ -143,7 +143,13 @@ def test_every_field_has_help_and_defaults_are_those_of_the_readme() -> None:
         "lower_quantile": 0.0,
         "gamma": 0.5,
         "warmup_steps": 0,
+        "risk_pass": "paired",
+        "risk_interval": 4,
+        "risk_fraction": 0.25,
+        "risk_smoothing": 0.5,
+        "skip_frozen_gradients": False,
         "dropout": None,
+        "head": None,
         "target_modules": None,
         "exclude_modules": None,
         "modules_to_save": None,
@@ -363,9 +369,9 @@ def test_reentrant_checkpointing() -> None:
 
 def test_no_global_hook_outlives_the_last_model() -> None:
     gc.collect()
-    others = len(_live)
+    others = len(observers())
     model = get_peft_model(tiny_bert(), ROSEConfig())
-    assert len(_live) == others + 1 and _optimizer_hooks
+    assert len(observers()) == others + 1 and _global_handles
     detach_rose(model)
-    assert len(_live) == others
-    assert bool(_optimizer_hooks) == bool(others)
+    assert len(observers()) == others
+    assert bool(_global_handles) == bool(others)

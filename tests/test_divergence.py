@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
 from rose_peft import UnsupportedModelError
-from rose_peft.divergence import divergence, head_kind, logits_of, loss_of, output_divergence, with_loss
+from rose_peft.divergence import divergence, logits_divergence
+from rose_peft.outputs import head_kind, logits_of, loss_of, with_loss
+
+
+def output_divergence(first, second, *facts):
+    return logits_divergence(logits_of(first), logits_of(second), *facts)
 
 
 def logits(*shape: int, seed: int = 0, grad: bool = False) -> torch.Tensor:

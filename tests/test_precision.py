@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, attach_rose, get_selector
+from tests.helpers.comparing import assert_same, everything
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import train_watched
-from tests.test_update import assert_same, everything
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STRATEGIES = ("first_order", "second_order", "ensemble")

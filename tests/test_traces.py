@@ -23,9 +23,10 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from rose_peft import ROSEConfig, attach_rose, selection
-from rose_peft import selector as selector_module
+from rose_peft import ROSEConfig, attach_rose, masks
+from rose_peft import scores as scores_module
 from rose_peft.selector import RoseSelector, find_selector
+from rose_peft.units import PLAIN
 from tests.helpers import reference
 from tests.helpers.traces import by_name, manifest, needs_traces, recorded, runs, tensors
 
@@ -106,27 +107,18 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class MaskWatch:
     """Records the masks that a selector computes, in the order of the traces."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, selector: RoseSelector) -> None:
+    def __init__(self, selector: RoseSelector) -> None:
         self.selector = selector
-        self.last: dict[str, Tensor] = {}
-        for key, method in (("mask_first", "_first_order_mask"), ("mask_second", "_second_order_mask")):
-            monkeypatch.setattr(selector, method, self._watched(key, getattr(selector, method)))
-
-    def _watched(self, key, method):
-        def call(*args, **kwargs):
-            mask = method(*args, **kwargs)
-            self.last[key] = mask.clone()
-            return mask
-
-        return call
 
     def masks(self) -> dict[str, Tensor]:
         """The masks of the last step."""
-        found = dict(self.last)
-        if len(found) == 2:
-            found["mask_final"] = selection.mix(found["mask_first"], found["mask_second"], self.selector.config.gamma)
-        else:
-            (found["mask_final"],) = self.last.values()
+        config, state = self.selector.config, self.selector.state
+        found = {}
+        if config.needs_risk_pass:
+            found["mask_first"] = state.first_mask.clone()
+        if config.needs_momentum:
+            found["mask_second"] = state.second_mask.clone()
+        found["mask_final"] = masks.mix_or_either(found.get("mask_first"), found.get("mask_second"), config.gamma)
         found["mask_applied"] = self.selector.state.last_mask.clone()
         names = [unit.name for unit in self.selector.units]
         assert sorted(names) == sorted(ORDER)
@@ -217,7 +209,7 @@ def test_hooks_on_recorded_gradients(name, cls, monkeypatch, record_figures):
     set_parameters(model, by_name(name, "init/param/"))
     named = dict(model.named_parameters())
     selector = attach_rose(model, settings(run))
-    watch = MaskWatch(monkeypatch, selector)
+    watch = MaskWatch(selector)
     optimizer = letter_optimizer(named, run, cls)
     for step in range(1, run["steps"] + 1):
         micro = f"micro{run['accumulation'] - 1}/" if run["accumulation"] > 1 else ""
@@ -225,7 +217,9 @@ def test_hooks_on_recorded_gradients(name, cls, monkeypatch, record_figures):
         if run["strategy"] != "second":
             # A scalar whose gradient is the recorded one takes the place of the divergence of two passes.
             value = sum((param * risk[key]).sum() for key, param in named.items())
-            selector._accumulate_risk(selector._parameters(), value, torch.tensor(False))
+            window = selector.current.window
+            window.add(selector.live.parameters(PLAIN), value, torch.tensor(False), scale=1.0)
+            window.calls += 1
         for key, grad in by_name(name, f"step{step}/ce_grad/").items():
             named[key].grad = grad.clone()
         set_rate(optimizer, float(recorded(name, "lr", step)))
@@ -260,7 +254,7 @@ def test_masks_from_recorded_scores(record_figures):
         for step in range(1, run["steps"] + 1):
             found = {}
             if run["strategy"] != "second":
-                found["mask_first"], thresholds = selection.quantile_band(recorded(name, "kl_norm", step), *levels)
+                found["mask_first"], thresholds = masks.quantile_band(recorded(name, "kl_norm", step), *levels)
                 torch.testing.assert_close(thresholds, recorded(name, "threshold_first", step), rtol=1e-6, atol=0)
             if run["strategy"] != "first":
                 momentum, grads = recorded(name, "hist_norm", step), recorded(name, "ce_norm", step)
@@ -268,12 +262,11 @@ def test_masks_from_recorded_scores(record_figures):
                     assert momentum.isnan().all()
                     found["mask_second"] = torch.ones(len(ORDER))
                 else:
-                    scores = selection.second_order_scores(grads, momentum, torch.full_like(momentum, 0.1))
+                    scores = masks.second_order_scores(grads, momentum, torch.full_like(momentum, 0.1))
                     wanted = recorded(name, "score_second", step)
                     torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-6)
-                    found["mask_second"], _ = selection.quantile_band(wanted, *levels, momentum == 0)
-            masks = list(found.values())
-            found["mask_final"] = selection.mix(*masks, run["gamma"]) if len(masks) == 2 else masks[0]
+                    found["mask_second"], _ = masks.quantile_band(wanted, *levels, momentum == 0)
+            found["mask_final"] = masks.mix_or_either(found.get("mask_first"), found.get("mask_second"), run["gamma"])
             warm = step <= run["num_warmup_steps"]
             found["mask_applied"] = torch.ones(len(ORDER)) if warm else found["mask_final"]
             tally.compare_masks(name, step, found, expected_masks(name, step))
@@ -312,7 +305,7 @@ def replay(name: str, make, model: nn.Module, monkeypatch, tally: Tally, expect=
     set_parameters(model, initial(run["dtype"]))
     steered, named = make(model, settings(run))
     selector = find_selector(steered)
-    watch = MaskWatch(monkeypatch, selector)
+    watch = MaskWatch(selector)
     optimizer = letter_optimizer(named, run)
     try:
         for step in range(1, run["steps"] + 1):
@@ -412,9 +405,9 @@ def test_replay_with_another_beta1(monkeypatch, record_figures):
     assert run["betas"][0] == 0.8
 
     # With the published constant put back the recording is met, so nothing else depends on beta1.
-    genuine = selector_module.momentum_rule
+    genuine = scores_module.momentum_rule
     with monkeypatch.context() as patch:
-        patch.setattr(selector_module, "momentum_rule", lambda *args: dataclasses.replace(genuine(*args), fresh=0.1))
+        patch.setattr(scores_module, "momentum_rule", lambda *args: dataclasses.replace(genuine(*args), fresh=0.1))
         tally = Tally()
         replay(BETA, attached, model, patch, tally)
         check(tally, record_figures, f"{BETA} with 0.1 put back")
@@ -449,7 +442,7 @@ def test_replay_of_the_accumulation_run(monkeypatch):
 
     steered, named = attached(model, settings(run))
     selector = find_selector(steered)
-    watch = MaskWatch(monkeypatch, selector)
+    watch = MaskWatch(selector)
     optimizer = letter_optimizer(named, run)
     for micro in (0, 1):
         torch.manual_seed(1000 + 10 + micro)

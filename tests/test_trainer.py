@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
 from rose_peft.selector import RoseSelector
+from rose_peft.steered import Steered
 from tests.helpers.tiny import SIZES, tiny_bert
 from tests.helpers.training import outputs
 
@@ -38,9 +39,8 @@ def run(output: Path, base: str = "full", resume: Path | None = None, **options:
         **settings,
     )
     evaluation = rows(8) if "eval_strategy" in settings else None
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows(), eval_dataset=evaluation, callbacks=[RoseCallback()]
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=evaluation)
+    RoseCallback.add_to(trainer)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return trainer
 
@@ -67,9 +67,18 @@ def test_figures_reach_the_history_and_tensorboard(tmp_path: Path, monkeypatch: 
     events = next(iter(tmp_path.rglob("events.out.tfevents*")))
     accumulator = event_accumulator.EventAccumulator(str(events.parent))
     accumulator.Reload()
-    tags = [tag for tag in accumulator.Tags()["scalars"] if "kept_share" in tag]
-    assert len(tags) == 2, accumulator.Tags()["scalars"]
+    tags = [tag for tag in accumulator.Tags()["scalars"] if "kept" in tag]
+    assert len(tags) == 4, accumulator.Tags()["scalars"]
     assert len(accumulator.Scalars(tags[0])) == 4
+
+
+def test_reporters_that_come_first_are_told_of(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, use_cpu=True, disable_tqdm=True, report_to=[])
+    model = get_peft_model(tiny_bert(), ROSEConfig(task_type="SEQ_CLS"))
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows(), callbacks=[RoseCallback()])
+    trainer.args.report_to = ["tensorboard"]
+    with pytest.warns(UserWarning, match=r"tensorboard.*RoseCallback.add_to"):
+        trainer.train()
 
 
 def test_label_smoothing_trains(tmp_path: Path) -> None:
@@ -140,13 +149,15 @@ def test_the_callback_fails_a_training_in_which_rose_never_acts(tmp_path: Path) 
 def test_accumulated_micro_batches_are_scored_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches a step are two risk passes a step, ranked once."""
     passes = []
-    original = RoseSelector._first_order_mask
+    original = RoseSelector.gather
 
-    def spy(self: RoseSelector, *args: Any) -> Any:
-        passes.append(int(self._counts[0]))
-        return original(self, *args)
+    def spy(self: RoseSelector, steered: Steered, *args: Any) -> Any:
+        passes.append(steered.window.calls)
+        gathered = original(self, steered, *args)
+        assert gathered.risk.finite == 2
+        return gathered
 
-    monkeypatch.setattr(RoseSelector, "_first_order_mask", spy)
+    monkeypatch.setattr(RoseSelector, "gather", spy)
     trainer = run(tmp_path)
     assert passes == [2] * 8
     assert get_selector(trainer.model).statistics().steps == 8

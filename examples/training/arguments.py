@@ -129,6 +129,10 @@ class TrainArguments:
     lower_quantile: float = field(default=0.0, metadata={"help": "ROSE freezes units with a score below it."})
     gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble."})
     rose_warmup_steps: int = field(default=0, metadata={"help": "Steps before masks act."})
+    risk_pass: str = field(
+        default="paired",
+        metadata={"help": "How first order and the ensemble measure risk: paired (as published) or sampled (cheap)."},
+    )
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the training passes, see ROSEConfig."})
 
     variant: str | None = field(
@@ -136,7 +140,7 @@ class TrainArguments:
         metadata={
             "choices": tuple(VARIANT_STRATEGIES),
             "help": "Experiment: other scores in place of the strategy's own. random (with second_order), "
-            "momentum_change (second_order or ensemble), size_normalised (first_order or ensemble).",
+            "momentum_change (second_order or ensemble) or size_normalised (first_order or ensemble).",
         },
     )
     objective: str = field(
@@ -270,6 +274,7 @@ class TrainArguments:
             lower_quantile=self.lower_quantile,
             gamma=self.gamma,
             warmup_steps=self.rose_warmup_steps,
+            risk_pass=self.risk_pass,  # type: ignore[arg-type]
             dropout=self.dropout,
             base_config=base_config,
         )

@@ -113,7 +113,7 @@ def test_grouping_by_length_keeps_every_example_and_the_last_batch_last(size: in
         ("--objective", "r_drop", "--strategy", "none"),
         ("--objective", "fgm", "--gradient_accumulation_steps", "2"),
         ("--strategy", "second_order", "--variant", "random", "--group_by_length"),
-        ("--strategy", "first_order", "--variant", "size_normalised"),
+        ("--strategy", "ensemble", "--variant", "momentum_change"),
     ],
 )
 def test_baselines_train_and_resume_to_the_last_bit(

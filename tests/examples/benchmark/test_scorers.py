@@ -9,13 +9,12 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from rose_peft import ROSEConfig, get_selector
-from rose_peft.selector import RoseSelector
+from rose_peft import FirstOrder, ROSEConfig, get_selector
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import optimizer_of, step
 
 pytest.importorskip("datasets")
-from examples.benchmark.scorers import use_variant
+from examples.benchmark.scorers import MomentumChange, use_variant
 
 
 def build(strategy: str, variant: str | None, seed: int = 0, **options: float) -> nn.Module:
@@ -78,17 +77,19 @@ def test_size_normalised_divides_by_the_root_of_the_size() -> None:
     torch.testing.assert_close(scores["size_normalised"], scores[None] / sizes.sqrt())
 
 
-def test_a_variant_takes_the_place_of_the_selector_and_adds_no_hook() -> None:
+def test_a_variant_takes_the_place_of_a_score_and_adds_no_hook() -> None:
     model = build("ensemble", None)
+    selector = get_selector(model)
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     use_variant(model, "momentum_change", 0)
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
-    assert type(get_selector(model)) is not RoseSelector and get_selector(model).config.strategy == "ensemble"
+    assert get_selector(model) is selector and type(selector.scores.second_order) is MomentumChange
+    assert type(selector.scores.first_order) is FirstOrder
 
 
 def test_another_adapter_is_steered_by_the_same_variant() -> None:
     model = build("second_order", "random")
-    variant = type(get_selector(model))
+    variant = get_selector(model).scores
     model.add_adapter("two", ROSEConfig(task_type="SEQ_CLS", strategy="second_order", upper_quantile=0.4))
     model.set_adapter("two")
-    assert type(get_selector(model)) is variant and get_selector(model).config.upper_quantile == 0.4
+    assert get_selector(model).scores is variant and get_selector(model).config.upper_quantile == 0.4

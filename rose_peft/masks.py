@@ -6,6 +6,8 @@ U is the number of units everywhere. A mask is a float32 vector of U numbers in 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -83,3 +85,45 @@ def mix(first: Tensor, second: Tensor, gamma: float) -> Tensor:
     weight = torch.tensor(gamma, dtype=torch.float32)
     # Where both masks keep a unit the sum is exactly 1: the rounding of 1 - gamma is too small to show in it.
     return weight * first + (1 - weight) * second
+
+
+class Ranking(NamedTuple):
+    """One score, ranked.
+
+    Args:
+        scores: Float [U].
+        thresholds: (low, high) of the band, [2]; NaN where nothing could be ranked.
+        mask: float32 [U] of zeros and ones.
+    """
+
+    scores: Tensor
+    thresholds: Tensor
+    mask: Tensor
+
+
+def rank(scores: Tensor, unranked: Tensor, lower: float, upper: float) -> Ranking:
+    """Rank the units by one score and keep those inside the band.
+
+    Args:
+        scores: Non-negative scores, float [U].
+        unranked: Units to keep without ranking them, bool [U].
+        lower: Quantile of the lower bound.
+        upper: Quantile of the upper bound.
+    """
+    mask, thresholds = quantile_band(scores, lower, upper, unranked)
+    return Ranking(scores, thresholds, mask)
+
+
+def mix_or_either(first: Tensor | None, second: Tensor | None, gamma: float) -> Tensor:
+    """The mask of a step (section 3.3 step 4 of the reference): one of both, or the mix.
+
+    Args:
+        first: First-order mask, float32 [U], or None where the strategy has none.
+        second: Second-order mask, float32 [U], or None where the strategy has none.
+        gamma: Weight of the first-order mask in the mix.
+    """
+    if first is not None and second is not None:
+        return mix(first, second, gamma)
+    mask = first if first is not None else second
+    assert mask is not None  # every strategy has a score
+    return mask

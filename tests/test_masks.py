@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from rose_peft import selection
+from rose_peft import masks
 from tests.helpers import reference
 from tests.helpers.traces import REFERENCE, needs_traces
 
@@ -40,7 +40,7 @@ def levels(draw) -> tuple[float, float]:
 
 def band(scores, dtype, lower, upper, unranked=None) -> tuple[list, list]:
     flags = torch.tensor(unranked, dtype=torch.bool) if unranked is not None else None
-    mask, thresholds = selection.quantile_band(torch.tensor(scores, dtype=dtype), lower, upper, flags)
+    mask, thresholds = masks.quantile_band(torch.tensor(scores, dtype=dtype), lower, upper, flags)
     assert mask.dtype == torch.float32 and thresholds.dtype == dtype and thresholds.shape == (2,)
     return mask.tolist(), thresholds.tolist()
 
@@ -152,13 +152,13 @@ def test_nothing_to_rank(scores):
 @example([(0.0, 0.0, 0.1), (1.0, 0.0, 0.1), (0.0, 1.0, 0.1), (math.nan, 1.0, 0.1), (math.inf, 2.0, 0.1)])
 def test_second_order_scores_equal_the_twin(rows):
     grads, momenta, fresh = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
-    scores = selection.second_order_scores(grads, momenta, fresh).tolist()
+    scores = masks.second_order_scores(grads, momenta, fresh).tolist()
     assert scores == pytest.approx([reference.second_order_score(*row) for row in rows], rel=1e-14, nan_ok=True)
 
 
 def test_second_order_score_by_hand():
     grads, momenta = torch.tensor([10.0, 5.0, 30.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 2.0])
-    scores = selection.second_order_scores(grads, momenta, torch.full((4,), 0.1))
+    scores = masks.second_order_scores(grads, momenta, torch.full((4,), 0.1))
     # A gradient ten times the momentum is an average contribution; smaller and larger ones score higher.
     torch.testing.assert_close(scores, torch.tensor([0.0, 0.5, 2.0, 1.0]))
 
@@ -170,27 +170,27 @@ def test_second_order_score_by_hand():
 @example([(0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)], 0.3)
 def test_mix_equals_the_twin(pairs, gamma):
     first, second = (torch.tensor(column, dtype=torch.float32) for column in zip(*pairs, strict=True))
-    mixed = selection.mix(first, second, gamma)
+    mixed = masks.mix(first, second, gamma)
     assert mixed.dtype == torch.float32
     assert mixed.tolist() == reference.mix(first.tolist(), second.tolist(), gamma)
 
 
 def test_gamma_weighs_the_first_order_mask():
-    mixed = selection.mix(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.3)
+    mixed = masks.mix(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 0.3)
     assert mixed.tolist() == [float(numpy.float32(0.3)), float(numpy.float32(1) - numpy.float32(0.3))]
 
 
 @given(st.floats(0, 1, width=32))
 def test_a_unit_that_both_masks_keep_is_kept_fully(gamma):
-    assert selection.mix(torch.ones(1), torch.ones(1), gamma).item() == 1.0
+    assert masks.mix(torch.ones(1), torch.ones(1), gamma).item() == 1.0
 
 
 @given(st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=8), st.integers(1, 6))
 def test_root_mean_square(norms, count):
     squares = torch.tensor(norms, dtype=torch.float64) ** 2
-    total = selection.root_mean_square(squares * count, torch.tensor(float(count), dtype=torch.float64))
+    total = masks.root_mean_square(squares * count, torch.tensor(float(count), dtype=torch.float64))
     assert total.tolist() == pytest.approx(norms, rel=1e-14)
-    single = selection.root_mean_square(squares, torch.tensor(1.0, dtype=torch.float64))
+    single = masks.root_mean_square(squares, torch.tensor(1.0, dtype=torch.float64))
     assert single.tolist() == norms  # one float32 norm comes back to the last bit
 
 
@@ -220,11 +220,11 @@ def test_all_published_mask_cases(record_figures):
         assert scores.dtype == getattr(torch, case["dtype"]) and len(scores) == case["n"]
         if case["kind"] == "second":
             history = tensors[f"case{case['id']}/hist"]
-            scores = selection.second_order_scores(scores, history, torch.full_like(history, 0.1))
+            scores = masks.second_order_scores(scores, history, torch.full_like(history, 0.1))
             wanted = tensors[f"case{case['id']}/scores"]
             torch.testing.assert_close(scores, wanted, rtol=1e-6, atol=0, equal_nan=True)
             unranked = history == 0
-        mask, thresholds = selection.quantile_band(scores, case["lower"] / 100, case["upper"] / 100, unranked)
+        mask, thresholds = masks.quantile_band(scores, case["lower"] / 100, case["upper"] / 100, unranked)
         published, _ = reference.published_band(
             scores.tolist(), case["lower"] / 100, case["upper"] / 100, KINDS[scores.dtype]
         )

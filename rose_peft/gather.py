@@ -1,0 +1,103 @@
+"""Fetching what the masks of a step are made of: one reduction over processes, one transfer from the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decision import Gathered, RiskFigures, averaged, smooth
+from .distributed import Processes
+from .norms import IndexedTensors, is_sharded, square_norms_per_unit, wide_dtype
+from .risk import RiskWindow
+from .scores import Facts, Scores, Stepping
+from .steered import Steered
+
+
+def gather(
+    steered: Steered, stepping: Sequence[Stepping], scores: Scores, processes: Processes, loss_scale: float
+) -> Gathered:
+    """Fetch norms and risk figures, and let the watchdog look at them.
+
+    Args:
+        steered: The adapter.
+        stepping: Its parameters with a gradient.
+        scores: What units are ranked by.
+        processes: Who trains the model.
+        loss_scale: Scale that the gradients still carry.
+
+    Raises:
+        RoseInactiveError: If the risk passes say nothing, or if there were none.
+        UnsupportedOptimizerError: If a score needs a momentum and there is none to read.
+    """
+    config, units, window = steered.config, len(steered.units), steered.window
+    device = stepping[0].param.device
+    pairs = [(entry.index, entry.param) for entry in stepping]
+    first = list(scores.first_order.tensors(stepping)) if config.needs_risk_pass else []
+    second = list(scores.second_order.tensors(stepping)) if config.needs_momentum else []
+    risk_sums = []
+    bypassed = config.needs_risk_pass and steered.watchdog.is_bypassed(window.calls, pairs)
+    if config.risk_is_due(int(steered.state.steps)):
+        risk_sums = [window.sums(device, wide_dtype(device), bypassed)]
+    elif bypassed:
+        raise steered.watchdog.bypass_error()
+    *risk_parts, norms = _fetch(risk_sums, [*first, *second], units, device, processes)
+    risk = RiskWindow.figures(risk_parts[0]) if risk_parts else None
+    if risk is not None:
+        _check(steered, risk, pairs)
+    mean = risk.square_sum / risk.finite if risk is not None and risk.finite else None
+    average = None
+    if config.needs_risk_pass and config.risk_pass == "sampled":
+        average = steered.state.risk_average
+        average = smooth(average, mean, config.risk_smoothing) if mean is not None else average
+        mean = averaged(average)
+    ungraded = torch.ones(units, dtype=torch.bool)
+    ungraded[[entry.index for entry in stepping]] = False
+    planned = steered.plan.ranking if steered.plan is not None else None
+    if planned is not None:
+        ungraded &= planned.mask > 0  # units that the plan froze have no gradient by our own doing
+    facts = Facts(
+        units=steered.state.units,
+        sizes=steered.state.sizes.double(),
+        stepping=stepping,
+        steps=int(steered.state.steps),
+        risk=mean,
+        loss_scale=loss_scale,
+        dtype=torch.float64 if stepping[0].param.dtype == torch.float64 else torch.float32,
+    )
+    last = steered.state.first_mask.clone()
+    return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average, planned)
+
+
+def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> None:
+    """Let the watchdog look at risk passes; near-equal outputs of a sampled one are looked at again in the next."""
+    near = steered.config.risk_pass == "sampled" and not steered.confirm
+    steered.watchdog.check_risk(dataclasses.replace(risk, equal=0.0) if near else risk)
+    steered.confirm = 0 < risk.equal == risk.passes
+    if not steered.window.is_empty:
+        steered.watchdog.check_reached(steered.window.reached, stepping)
+
+
+def _fetch(
+    risk_sums: list[Tensor],
+    lists: Sequence[IndexedTensors],
+    units: int,
+    device: torch.device,
+    processes: Processes,
+) -> list[Any]:
+    """Fetch risk sums, which every process has a part of, and norms per unit, whole or of shards, together."""
+    sums = [square_norms_per_unit(tensors, units, device) for tensors in lists]
+    sharded = [index for index, tensors in enumerate(lists) if is_sharded(tensors)]
+    whole = [index for index in range(len(lists)) if index not in sharded]
+    shared = [*risk_sums, *(sums[index] for index in sharded)]
+    parts = ([processes.sum(torch.cat(shared))] if shared else []) + [sums[index] for index in whole]
+    if not parts:
+        return [*risk_sums, []]
+    values = torch.cat(parts).cpu().double()
+    lengths = [*(len(part) for part in risk_sums), *([units] * len(lists))]
+    found = list(values.split(lengths))
+    norms = dict(zip([*sharded, *whole], found[len(risk_sums) :], strict=True))
+    return [*found[: len(risk_sums)], [norms[index].sqrt() for index in range(len(lists))]]

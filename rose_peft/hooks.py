@@ -1,0 +1,179 @@
+"""Where ROSE hangs on modules and optimizers; what it does there is the business of whoever hangs there."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class StepObserver(Protocol):
+    """Is told of every step of every torch optimizer, and decides itself whether it is concerned."""
+
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Act after all other pre-hooks of the step."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Act before all other post-hooks of the step."""
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Put right what a step that raised has left, before its optimizer is saved or loaded."""
+
+
+# In order of their attachment, which is the same on all processes: observers may reduce over them.
+_observers: dict[int, weakref.ref[Any]] = {}
+_numbers = itertools.count()
+_lock = threading.Lock()
+_global_handles: list[Any] = []
+# The two hooks on an optimizer whose step is running. One that raises leaves them behind until its next step.
+_step_handles: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def observers() -> list[StepObserver]:
+    """Who is told of steps, in the order of attachment."""
+    with _lock:
+        found = [reference() for reference in _observers.values()]
+    return [observer for observer in found if observer is not None]
+
+
+def watch_steps(observer: StepObserver) -> None:
+    """Tell an observer of all steps from now on, for as long as it lives.
+
+    Args:
+        observer: Held weakly.
+    """
+    number = next(_numbers)
+
+    def gone(_: Any) -> None:
+        _forget(number)
+
+    with _lock:
+        _observers[number] = weakref.ref(observer, gone)
+        if not _global_handles:
+            # Users do not pass their optimizer, and AcceleratedOptimizer has no hook lists of its own.
+            _global_handles.append(register_optimizer_step_pre_hook(_step_begins))
+            _global_handles.append(register_optimizer_step_post_hook(_step_ends))
+
+
+def unwatch_steps(observer: StepObserver) -> None:
+    """Tell an observer no more.
+
+    Args:
+        observer: One that may be watching.
+    """
+    with _lock:
+        numbers = [number for number, reference in _observers.items() if reference() is observer]
+    for number in numbers:
+        _forget(number)
+
+
+def _forget(number: int) -> None:
+    _observers.pop(number, None)
+    if not _observers:
+        while _global_handles:
+            _global_handles.pop().remove()
+
+
+def _step_begins(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take the last place among the optimizer's own pre-hooks and the first among its post-hooks, for this step.
+
+    torch calls an optimizer's own hooks after the global pre-hooks and before the global post-hooks, while the user's
+    pre-hooks (a clip, say) must come before the masks and his post-hooks (an average of weights) must see frozen units
+    unmoved.
+    """
+    _take_off(optimizer)
+    before = optimizer.register_step_pre_hook(_before_step)
+    after = optimizer.register_step_post_hook(_after_step)
+    post_hooks: Any = optimizer._optimizer_step_post_hooks
+    post_hooks.move_to_end(after.id, last=False)
+    saving = optimizer.register_state_dict_pre_hook(_settle)
+    loading = optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: _settle(optimizer))
+    _step_handles[optimizer] = [before, after, saving, loading]
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for observer in observers():
+        observer.before_step(optimizer, args, kwargs)
+
+
+def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for observer in observers():
+        observer.after_step(optimizer)
+
+
+def _settle(optimizer: Optimizer) -> None:
+    for observer in observers():
+        observer.settle(optimizer)
+
+
+def _step_ends(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _take_off(optimizer)
+
+
+def _take_off(optimizer: Optimizer) -> None:
+    for handle in _step_handles.pop(optimizer, []):
+        handle.remove()
+
+
+class ForwardHooks:
+    """
+    Hooks on a module, and on one inside it through which calls may go instead.
+
+    PeftModel without a task type calls the model, with one the tuner, whose forward goes past the hooks of the model
+    (peft 0.18) or not (0.21): both have hooks, and the outer one rests where the inner one acted.
+
+    Args:
+        host: The outer module.
+        inner: The inner module; may be the same.
+        before: Called with (module, keyword arguments) before a forward call.
+        after: Called with (module, arguments, keyword arguments, output) after it; returns the output to go on with.
+        saving: Called before a state dict is made.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        inner: nn.Module,
+        before: Callable[[nn.Module, dict[str, Any]], None],
+        after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any],
+        saving: Callable[[], None],
+    ) -> None:
+        self._host = host
+        self._before = before
+        self._after = after
+        self._saving = saving
+        self._inner_acted = False
+        self._handles = []
+        for module in [host] if host is inner else [host, inner]:
+            self._handles.append(module.register_forward_pre_hook(self._pre_hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
+        self._handles.append(inner.register_state_dict_pre_hook(self._state_dict_hook))
+
+    @torch.compiler.disable
+    def _pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is self._host:
+            self._inner_acted = False
+        self._before(module, kwargs)
+
+    @torch.compiler.disable
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if module is self._host and self._inner_acted:
+            return None
+        self._inner_acted = module is not self._host
+        return self._after(module, args, kwargs, output)
+
+    def _state_dict_hook(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._saving()
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,72 @@
+"""Norms of many tensors at once, added up per unit: one kernel, no host synchronisation, shards included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+IndexedTensors = Sequence[tuple[int, Tensor]]
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for sums of squares: float64, in which squares of float32 norms are exact; Apple GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensors: IndexedTensors) -> bool:
+    """Whether norms of these tensors are complete only when they are added up over processes."""
+    return any(isinstance(tensor, DTensor) for _, tensor in tensors)
+
+
+def square_norms(tensors: Iterable[Tensor]) -> Tensor:
+    """Squared Frobenius norms, one kernel for all tensors and no host synchronisation.
+
+    Args:
+        tensors: Any shapes and float dtypes; at least one. They may lie on several devices.
+
+    Returns:
+        [number of tensors] on the first tensor's device, in its `wide_dtype`.
+    """
+    norms = torch._foreach_norm([t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors])
+    device = norms[0].device
+    if all(norm.device == device for norm in norms):
+        return torch.stack(norms).to(wide_dtype(device)).square()
+    return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).square()
+
+
+def square_norms_per_unit(tensors: IndexedTensors, units: int, device: torch.device) -> Tensor:
+    """Add up squared norms per unit, in a fixed order: the same to the last bit on every run and process.
+
+    Args:
+        tensors: (unit index, tensor) each; of a shard the local part counts.
+        units: Number of units U.
+        device: Where the result is wanted.
+
+    Returns:
+        [U] in the `wide_dtype` of the device, zero for units without tensors.
+    """
+    if not tensors:
+        return torch.zeros(units, dtype=wide_dtype(device), device=device)
+    square = square_norms(local_part(tensor) for _, tensor in tensors)
+    rows = _rows(tuple(index for index, _ in tensors), units).to(square.device, non_blocking=True)
+    # Gathered and added along rows: unlike index_add, that does not depend on the order of threads.
+    return torch.cat([square, square.new_zeros(1)])[rows].sum(dim=1).to(device)
+
+
+@lru_cache(maxsize=64)
+def _rows(indices: tuple[int, ...], units: int) -> Tensor:
+    """For each unit the positions of its tensors, padded with one position past the end."""
+    rows: list[list[int]] = [[] for _ in range(units)]
+    for position, index in enumerate(indices):
+        rows[index].append(position)
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [len(indices)] * (width - len(row)) for row in rows])

@@ -1,0 +1,213 @@
+"""Reading a torch optimizer: its parameters, how it keeps a momentum, the scale its gradients carry, its closure."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import UnsupportedOptimizerError
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MomentumRule:
+    """How an optimizer accumulates its momentum.
+
+    Args:
+        key: Name of the momentum in the optimizer's state.
+        fresh: Factor with which a new gradient enters the momentum.
+        stationary: The gradient that leaves the momentum m as it is, as a multiple of m.
+    """
+
+    key: str
+    fresh: float
+    stationary: float
+
+
+RuleReader = Callable[[Group], MomentumRule | None]
+
+
+def _sign(group: Group) -> int:
+    return -1 if group.get("maximize") else 1
+
+
+def _sgd(group: Group) -> MomentumRule | None:
+    momentum, dampening = group["momentum"], group["dampening"]
+    if momentum == 0 or dampening == 1:
+        return None
+    return MomentumRule("momentum_buffer", 1 - dampening, _sign(group) * (1 - momentum) / (1 - dampening))
+
+
+def _muon(group: Group) -> MomentumRule | None:
+    return MomentumRule("momentum_buffer", 1 - group["momentum"], _sign(group))
+
+
+def _lion(group: Group) -> MomentumRule | None:
+    # Lion moves along a mix made with beta1, but keeps its momentum with beta2.
+    return MomentumRule("exp_avg", 1 - float(group["betas"][1]), _sign(group))
+
+
+def _adam_like(group: Group) -> MomentumRule | None:
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) < 2 or any(beta is None for beta in betas[:2]):
+        return None
+    return MomentumRule("exp_avg", 1 - float(betas[0]), _sign(group))
+
+
+_RULES: dict[type[torch.optim.Optimizer], RuleReader] = {torch.optim.SGD: _sgd}
+
+
+def register_momentum_rule(cls: type[torch.optim.Optimizer], reader: RuleReader) -> None:
+    """Tell ROSE how a further optimizer keeps its momentum; without a rule `betas` and `exp_avg` count as Adam-like.
+
+    Args:
+        cls: The optimizer class; its subclasses are read the same way.
+        reader: Makes the rule from the settings of a parameter group; None where they keep no momentum.
+    """
+    _RULES[cls] = reader
+
+
+def momentum_rule(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRule | None:
+    """Read off an optimizer's class and settings how it keeps a momentum of gradients, or None where it keeps none.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`. A class with `betas` and the state `exp_avg` counts as Adam-like.
+        group: The parameter group whose settings hold.
+    """
+    for cls in type(optimizer).__mro__:
+        if cls in _RULES:
+            return _RULES[cls](group)
+    # Both come from several packages, with the same settings and state.
+    name = type(optimizer).__name__
+    if name == "Muon" and "momentum" in group:
+        return _muon(group)
+    rule = _adam_like(group)
+    return _lion(group) if rule is not None and "lion" in name.lower() else rule
+
+
+def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumRule) -> Tensor | None:
+    """The momentum of one parameter before the step, or None where the optimizer has no state for it yet.
+
+    Raises:
+        UnsupportedOptimizerError: If the optimizer keeps its momentum in a form that cannot be read.
+    """
+    # `optimizer.state` is a defaultdict: indexing would create the entry and keep the optimizer from initializing it.
+    state = optimizer.state.get(param, {})
+    if not state:
+        return None
+    momentum = state.get(rule.key)
+    if momentum is None and rule.key == "momentum_buffer":
+        return None
+    if not isinstance(momentum, Tensor) or momentum.shape != param.shape or not momentum.is_floating_point():
+        raise UnsupportedOptimizerError(
+            f"{type(optimizer).__name__} keeps no readable momentum under state[{rule.key!r}] (found "
+            f"{', '.join(map(str, state))}); use torch.optim.AdamW or SGD with momentum, or strategy='first_order'."
+        )
+    return momentum
+
+
+def readable_rule(optimizer: torch.optim.Optimizer, group: Group, param: Tensor) -> MomentumRule | None:
+    """The momentum rule of one parameter, or None where there is none or what it names cannot be read."""
+    rule = momentum_rule(optimizer, group)
+    if rule is None:
+        return None
+    try:
+        momentum_of(optimizer, param, rule)
+    except UnsupportedOptimizerError:
+        return None
+    return rule
+
+
+def no_momentum(optimizer: torch.optim.Optimizer, group: Group) -> UnsupportedOptimizerError:
+    """The error for scores that need a momentum where the optimizer keeps none."""
+    setting = "momentum=0" if group.get("momentum") == 0 else "no momentum of gradients"
+    return UnsupportedOptimizerError(
+        f"strategy='second_order' and strategy='ensemble' compare gradients with the momentum, but "
+        f"{type(optimizer).__name__} has {setting}. Use torch.optim.AdamW, SGD with momentum > 0 and dampening < 1, "
+        "or strategy='first_order'."
+    )
+
+
+def owned_groups(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
+    """Map the identity of each parameter of an optimizer to its group, in the optimizer's order."""
+    return {id(param): group for group in whole_groups(optimizer) for param in group["params"]}
+
+
+# The parameter groups of optimizers that are in the middle of a step with others.
+_whole: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Group]] = weakref.WeakKeyDictionary()
+
+
+def whole_groups(optimizer: torch.optim.Optimizer) -> list[Group]:
+    """The parameter groups as the user made them, in the middle of a step too.
+
+    Args:
+        optimizer: Any.
+    """
+    return _whole.get(optimizer, optimizer.param_groups)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, shares: dict[int, float]) -> None:
+    """Give an optimizer parameter groups for one step; models that share it may each do so.
+
+    Args:
+        optimizer: Whose move is linear in the learning rate.
+        shares: For identities of parameters the share of their move, in [0, 1); those with 0 are left out.
+    """
+    _whole.setdefault(optimizer, optimizer.param_groups)
+    found = []
+    for group in optimizer.param_groups:
+        by_share: dict[float, list[Tensor]] = defaultdict(list)
+        for param in group["params"]:
+            by_share[shares.get(id(param), 1.0)].append(param)
+        for share, params in by_share.items():
+            if share == 1:
+                found.append({**group, "params": params})
+            elif share > 0:
+                found.append({**group, "params": params, "lr": group["lr"] * share})
+    optimizer.param_groups = found
+
+
+def restore_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer its own parameter groups back; does nothing for one that has them.
+
+    Args:
+        optimizer: Any.
+    """
+    groups = _whole.pop(optimizer, None)
+    if groups is not None:
+        optimizer.param_groups = groups
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
+    """Scale that gradients still carry (fused optimizers unscale inside the step), or None in an overflow step."""
+    found = getattr(optimizer, "found_inf", None)
+    if isinstance(found, Tensor) and float(found) > 0:
+        return None
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None:
+        return 1.0
+    return float(scale) if isinstance(scale, Tensor) else float(scale.get_scale())
+
+
+def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a step whose gradients are made inside it.
+
+    Args:
+        args: Positional arguments of the patched `step`, the optimizer itself first.
+        kwargs: Keyword arguments.
+
+    Raises:
+        UnsupportedOptimizerError: If there is a closure.
+    """
+    if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
+        raise UnsupportedOptimizerError(
+            "optimizer.step(closure) makes the gradients inside the step, after the masks are due. Compute loss "
+            "and gradients first and call optimizer.step() without a closure."
+        )

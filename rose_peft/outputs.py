@@ -1,0 +1,154 @@
+"""What a model returned: its logits and loss, what the logits mean, and which positions count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+
+HeadKind = Literal["softmax", "multi_label", "regression"]
+IGNORED_LABEL = -100
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returned."""
+    return getattr(model, "_orig_mod", model)
+
+
+def is_causal(model: nn.Module, task_type: Any = None, head: str | None = None) -> bool:
+    """Whether the logits at position t predict the label at t + 1.
+
+    Args:
+        model: The base model, compiled or not.
+        task_type: PEFT's task type, which decides where it is given.
+        head: `ROSEConfig.head`, which decides before everything else.
+    """
+    if head is not None:
+        return head == "causal"
+    if task_type is not None:
+        return bool(task_type == "CAUSAL_LM")
+    model = unwrapped(model)
+    name = type(model).__name__
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return True
+    # Vision-language decoders are named for generation, as encoder-decoders are.
+    decoder_only = getattr(getattr(model, "config", None), "is_encoder_decoder", None) is False
+    return decoder_only and name.endswith("ForConditionalGeneration")
+
+
+def logits_of(output: Any, model: nn.Module | None = None) -> tuple[Tensor, ...]:
+    """Find the logits in what a model returned.
+
+    Args:
+        output: A `ModelOutput` or mapping with `logits` (or `start_logits` and `end_logits`), a tuple in the order of
+            transformers (loss first where there is one), or the logits themselves.
+        model: Who returned it; the order of transformers is taken for granted only for its models.
+
+    Returns:
+        One tensor, or start and end logits for question answering.
+
+    Raises:
+        UnsupportedModelError: If there are none, or if it cannot be told which tensor they are.
+    """
+    kind = type(output).__name__
+    if isinstance(output, Tensor) and output.dim() > 0:
+        return (output,)
+    if isinstance(output, Mapping):
+        for keys in (("logits",), ("start_logits", "end_logits")):
+            if all(isinstance(output.get(key), Tensor) for key in keys):
+                return tuple(output[key] for key in keys)
+        raise UnsupportedModelError(
+            f"The model returned {kind} with {', '.join(map(str, output))}, but no logits, so the "
+            "outputs of two passes cannot be compared. Use a model with a head, or strategy='second_order'."
+        )
+    if isinstance(output, tuple):
+        tensors = [item for item in output if isinstance(item, Tensor) and item.dim() > 0]
+        has_loss = isinstance(output[0], Tensor) and output[0].dim() == 0 if output else False
+        ordered = model is None or has_loss or isinstance(unwrapped(model), PreTrainedModel)
+        if len(tensors) == 1 or (tensors and ordered):
+            return (tensors[0],)
+        if tensors:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+            raise UnsupportedModelError(
+                f"The model returned a tuple of {len(tensors)} tensors ({shapes}), and nothing tells which are the "
+                "logits. Return a mapping with `logits`, or use strategy='second_order'."
+            )
+    scalar = " (a scalar: its loss?)" if isinstance(output, Tensor) else ""
+    raise UnsupportedModelError(
+        f"The model returned {kind}{scalar}, in which no logits were found, so the outputs of two passes "
+        "cannot be compared. Return a ModelOutput with `logits`, or use strategy='second_order'."
+    )
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """Return the loss in what a model returned, or None where it computed none."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
+        loss = output[0]
+    else:
+        loss = None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Return the output with its loss replaced; mappings are changed in place, tuples are rebuilt."""
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
+    return output
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in the first level of what a model returned."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if isinstance(output, Mapping) else output
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def head_kind(logits: Tensor, problem_type: str | None, head: str | None = None) -> HeadKind:
+    """Tell what logits mean: as the user says, by the `problem_type` of transformers, else by the number of outputs.
+
+    Args:
+        logits: [..., C].
+        problem_type: `model.config.problem_type`, which transformers sets itself once it has seen labels.
+        head: `ROSEConfig.head`.
+    """
+    if head is not None:
+        kinds: dict[str, HeadKind] = {"regression": "regression", "multi_label": "multi_label"}
+        return kinds.get(head, "softmax")
+    if problem_type == "regression" or logits.shape[-1] == 1:
+        return "regression"
+    if problem_type == "multi_label_classification":
+        return "multi_label"
+    return "softmax"
+
+
+def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -> Tensor | None:
+    """Which positions of token-level logits count: those with a label, or without labels those that are no padding.
+
+    Args:
+        logits: [B, T, C].
+        inputs: Keyword arguments of the forward call; `labels`, `decoder_attention_mask` and `attention_mask` count.
+        causal: Whether the logits at position t predict the label at t + 1.
+
+    Returns:
+        bool [B, T], or None where the logits are not per token or nothing tells.
+    """
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor) and logits.dim() == 3 and labels.shape == logits.shape[:2]:
+        counted = labels != IGNORED_LABEL
+        if causal:
+            counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
+        return counted.to(logits.device)
+    for name in ("decoder_attention_mask", "attention_mask"):
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and logits.dim() == 3 and mask.shape == logits.shape[:2]:
+            return mask.bool().to(logits.device)
+    return None

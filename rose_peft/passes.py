@@ -1,0 +1,208 @@
+"""What happens around a forward call of the model: engines are checked, risk passes made, weights watched."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from .ahead import check_can_skip, plan
+from .distributed import Processes, check_engine, keep_unsharded_after_forward
+from .dropout import has_dropout_up_to
+from .errors import UnsupportedEngineError
+from .inputs import cache_before
+from .norms import IndexedTensors
+from .risk import Call, Head, ShardWatch, hidden_states_are_equal, paired_pass
+from .sampled import aside, sampled_pass, take_sample
+from .scores import Scores
+from .steered import Steered
+from .units import LiveUnits
+
+
+class Passes:
+    """
+    The forward side of a selector.
+
+    Args:
+        host: The module whose forward call is observed.
+        live: The units of the model.
+        processes: Who trains it.
+        training: Gives the adapters that train now.
+        scores: Gives what units are ranked by.
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        live: LiveUnits,
+        processes: Processes,
+        training: Callable[[], list[Steered]],
+        scores: Callable[[], Scores],
+    ) -> None:
+        self._host = host
+        self._live = live
+        self._processes = processes
+        self._training = training
+        self._scores = scores
+        self.ours = False
+        self._engine_checked = False
+        self._hidden_states_checked = False
+        self._caches: dict[str, Any] = {}
+        self._shards = ShardWatch(self._note_backward)
+        self.seen = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_caches": {}, "_shards": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shards = ShardWatch(self._note_backward)
+
+    def close(self) -> None:
+        """Take the hooks off that passes have put on shards."""
+        self._shards.close()
+
+    def before(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Look at the model before a call.
+
+        Args:
+            module: Who is called.
+            kwargs: Keyword arguments of the call.
+
+        Raises:
+            UnsupportedEngineError: If the engine hides what ROSE needs to see.
+            RoseInactiveError: If the weights change without ROSE.
+        """
+        if not torch.is_grad_enabled():
+            return
+        training = self._training()
+        if not training:
+            return
+        if not module.training:
+            for steered in training:
+                steered.watchdog.eval_pass()
+            return
+        self.seen = True
+        shown = [tensor for steered in training for unit in steered.units for tensor in unit.tensors()]
+        if not self._engine_checked or getattr(module, "_is_replica", False):
+            check_engine(module, shown)
+            self._engine_checked = True
+        self._processes.find(self._host, shown)
+        parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
+        for steered in training:
+            steered.watchdog.training_pass(parameters[steered.name])
+        for steered in training:
+            if steered.config.skip_frozen_gradients:
+                self._plan(steered, parameters[steered.name])
+        if any(_is_paired(steered) for steered in training):
+            # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
+            # pass would leave its gradient nothing to reach.
+            if self._shards.watch([pair for pairs in parameters.values() for pair in pairs]):
+                keep_unsharded_after_forward(self._live.model)
+            self._caches = cache_before(kwargs)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Make the risk passes of a call.
+
+        Args:
+            module: Who was called.
+            args: Positional arguments.
+            kwargs: Keyword arguments.
+            output: What it returned.
+
+        Returns:
+            The output with the mean loss of both passes, or None to leave it as it is.
+        """
+        if self.ours or not module.training or not torch.is_grad_enabled():
+            return None
+        given = output
+        call = Call(module, args, kwargs, self._caches)
+        self._caches = {}
+        for steered in self._training():
+            if steered.config.risk_is_due(int(steered.state.steps)):
+                head = Head(self._live.model, steered.config.task_type, steered.config.head)
+                if _is_paired(steered):
+                    output = self._paired(steered, call, head, output)
+                else:
+                    self._sampled(steered, call, head, output)
+            steered.window.calls += 1
+        return None if output is given else output
+
+    def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
+        check_can_skip(self._host, self._processes)
+        if steered.plan is None:
+            steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
+        if steered.plan is not None:
+            steered.plan.hold_back()
+
+    def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
+        parameters = self._live.parameters(steered.name)
+        if any(isinstance(param, DTensor) for _, param in parameters):
+            raise UnsupportedEngineError(
+                f"strategy={steered.config.strategy!r} needs whole parameters inside the forward call, and this "
+                "engine shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
+            )
+        window = steered.window
+        window.forget_discarded(list(self._shards.shards.values()) or [param for _, param in parameters])
+        with self.own():
+            value, equal, output = paired_pass(call, output, head)
+            self._check_hidden_states(call, steered)
+        window.add(parameters, value, equal, float(steered.state.risk_scale))
+        if not self._shards.shards:
+            window.watch_backward(output)
+        return output
+
+    def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
+        if steered.plan is not None:
+            steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
+        sample = take_sample(call, output, head, steered.config.risk_fraction)
+        with self.own(), aside(call.module):
+            sampled_pass(
+                sample,
+                head,
+                steered.window,
+                # Under FSDP2 the modules show whole parameters during the pass only.
+                lambda: self._live.parameters(steered.name),
+                scale=float(steered.state.risk_scale),
+                confirm=steered.confirm,
+            )
+            if steered.confirm:
+                self._check_hidden_states(sample.call, steered)
+        if steered.plan is not None:
+            steered.plan.hold_back()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Keep the hooks still during passes of our own."""
+        self.ours = True
+        try:
+            yield
+        finally:
+            self.ours = False
+
+    def _check_hidden_states(self, call: Call, steered: Steered) -> None:
+        """Say once where dropout changes the logits and no hidden state of the units: the ranking sees the head's."""
+        if self._hidden_states_checked:
+            return
+        self._hidden_states_checked = True
+        last = self._live.last_module()
+        if last is not None and not has_dropout_up_to(self._live.model, last) and hidden_states_are_equal(call, last):
+            warnings.warn(
+                f"dropout={steered.config.dropout}: the hidden states of both passes are equal, so units are ranked "
+                "by what the dropout in the head alone does. Set ROSEConfig(dropout=0.1) to have dropout in front of "
+                "the units, or use strategy='second_order'.",
+                stacklevel=2,
+            )
+
+    def _note_backward(self) -> None:
+        for steered in self._training():
+            steered.window.note_backward()
+
+
+def _is_paired(steered: Steered) -> bool:
+    return steered.config.needs_risk_pass and steered.config.risk_pass == "paired"

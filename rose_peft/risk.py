@@ -1,0 +1,327 @@
+"""The risk side of a step: the second stochastic pass, and norms of the divergence gradient since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .decision import RiskFigures
+from .divergence import logits_divergence
+from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
+from .norms import IndexedTensors, local_part, square_norms, square_norms_per_unit
+from .outputs import is_causal, logits_of, loss_of, tensors_of, with_loss
+
+# What a window counts besides norms: passes that were finite, skipped, equal and whole, and processes without any.
+COUNTS = 5
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call of the user's, and how to make another of the same module.
+
+    Args:
+        module: The module that was called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        caches: The caches among them as they were before the call.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    caches: dict[str, Any]
+
+    def again(self, **changed: Any) -> Any:
+        """Call the module once more, past its hooks.
+
+        Args:
+            **changed: Keyword arguments that take the place of the user's.
+        """
+        return self.module.forward(*self.args, **{**self.kwargs, **self.caches, **changed})
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model's logits mean.
+
+    Args:
+        model: The base model.
+        task_type: PEFT's task type.
+        head: `ROSEConfig.head`.
+    """
+
+    model: nn.Module
+    task_type: Any
+    head: str | None
+
+    def logits(self, output: Any) -> tuple[Tensor, ...]:
+        """The logits in an output of the model."""
+        return logits_of(output, self.model)
+
+    def divergence(
+        self, first: Sequence[Tensor], second: Sequence[Tensor], inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence of two passes' logits, and whether they are equal to the last bit."""
+        problem_type = getattr(getattr(self.model, "config", None), "problem_type", None)
+        causal = is_causal(self.model, self.task_type, self.head)
+        value, equal = logits_divergence(first, second, inputs, problem_type, causal, self.head)
+        if not value.requires_grad:
+            raise UnsupportedModelError(
+                "the logits do not depend on any trainable parameter, so the dropout divergence has no gradient; "
+                "compute them with gradients, or use strategy='second_order'."
+            )
+        return value, equal
+
+
+def paired_pass(call: Call, output: Any, head: Head) -> tuple[Tensor, Tensor, Any]:
+    """The published risk pass: the whole batch once more, and the divergence of both passes (section 3.2).
+
+    Args:
+        call: The user's call.
+        output: What it returned.
+        head: What the logits mean.
+
+    Returns:
+        The divergence, whether both outputs are equal, and the output with the mean loss of both passes in it (the
+        output itself where the model computed no loss).
+    """
+    # TRL's trainers ask for log-probabilities and no logits, so the first pass says nothing: two more do.
+    fused = {"fused_lm_head": False} if call.kwargs.get("fused_lm_head") else {}
+    first = call.again(**fused) if fused else output
+    second = call.again(**fused)
+    value, equal = head.divergence(head.logits(first), head.logits(second), call.kwargs)
+    losses = loss_of(output), loss_of(second)
+    if losses[0] is not None and losses[1] is not None:
+        output = with_loss(output, (losses[0] + losses[1]) / 2)
+    return value, equal, output
+
+
+def hidden_states_are_equal(call: Call, module: nn.Module) -> bool:
+    """Whether two passes give the same output of one module; leaves random state and gradients alone.
+
+    Args:
+        call: The user's call.
+        module: A module inside the one that is called.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.extend(tensors_of(output)[:1])
+
+    devices = {param.device for param in module.parameters() if param.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), module.register_forward_hook(keep):
+        first = call.again(), len(seen)
+        call.again()
+    half = first[1]
+    return half > 0 and len(seen) == 2 * half and all(map(torch.equal, seen[:half], seen[half:]))
+
+
+class RiskWindow:
+    """
+    The risk passes since the last optimizer step: their squared norms per unit, and what became of each.
+
+    Everything lies on the device of the parameters until `sums` is fetched with the rest of the step.
+
+    Args:
+        units: Number of units U.
+    """
+
+    def __init__(self, units: int) -> None:
+        self._units = units
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the passes."""
+        self._square_sum: Tensor | None = None
+        self._counts: Tensor | None = None  # finite, skipped, equal, whole
+        self.reached: set[int] = set()
+        self.calls = 0
+        self._backward_seen = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was no pass."""
+        return self._square_sum is None
+
+    def add(
+        self,
+        parameters: IndexedTensors,
+        value: Tensor,
+        equal: Tensor,
+        scale: float,
+        *,
+        whole: bool = False,
+        retain_graph: bool = True,
+    ) -> None:
+        """Take the gradient of a divergence and keep its norms.
+
+        Args:
+            parameters: (unit index, parameter) of everything that trains.
+            value: The divergence, a scalar with a graph.
+            equal: Whether both outputs are equal, a bool scalar.
+            scale: Factor on the divergence before its gradient is taken.
+            whole: Whether a sampled pass took the whole batch.
+            retain_graph: Whether the user still needs the graph, or a part of it.
+
+        Raises:
+            RoseInactiveError: If the gradient reaches no unit.
+            UnsupportedEngineError: If the graph does not let itself be asked.
+        """
+        tensors = [param for _, param in parameters]
+        with _without_hooks(tensors), _typed_errors():
+            gradients = torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
+        found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
+        if not found:
+            raise RoseInactiveError(
+                "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}; else check that the units are part of the "
+                "forward call."
+            )
+        self.reached |= {index for index, _ in found}
+        device = found[0][1].device
+        square_sum = square_norms_per_unit(found, self._units, device) / scale**2
+        finite = torch.isfinite(square_sum.sum())
+        counts = [finite, ~finite, equal.to(device), torch.full_like(finite, whole)]
+        self._add(torch.where(finite, square_sum, torch.zeros_like(square_sum)), torch.stack(counts))
+
+    def _add(self, square_sum: Tensor, counts: Tensor) -> None:
+        counts = counts.to(square_sum.dtype)
+        self._square_sum = square_sum if self._square_sum is None else self._square_sum + square_sum
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def sums(self, device: torch.device, dtype: torch.dtype, bypassed: bool) -> Tensor:
+        """Squared norms per unit and the counts, [U + COUNTS]; zeros without a pass.
+
+        Args:
+            device: Where they are wanted.
+            dtype: In which dtype.
+            bypassed: Whether this process has new gradients from calls that went past the hook.
+        """
+        ours = torch.full((1,), bypassed, dtype=dtype, device=device)
+        if self._square_sum is None or self._counts is None:
+            return torch.cat([torch.zeros(self._units + COUNTS - 1, dtype=dtype, device=device), ours])
+        return torch.cat([self._square_sum.to(device, dtype), self._counts.to(device, dtype), ours])
+
+    @staticmethod
+    def figures(sums: Tensor) -> RiskFigures:
+        """Read off what `sums` of all processes add up to.
+
+        Args:
+            sums: float64 [U + COUNTS] on the CPU.
+        """
+        return RiskFigures(sums[:-COUNTS], *sums[-COUNTS:].tolist())
+
+    # Passes whose gradients were thrown away ------------------------------------------------------------------------
+
+    def watch_backward(self, output: Any) -> None:
+        """Note when the user's backward pass runs through an output.
+
+        Not only through the loss: with label smoothing or distillation users make their own from the logits.
+
+        Args:
+            output: What the model returned.
+        """
+
+        def seen(grad: Tensor) -> None:
+            self._backward_seen = True
+
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(seen)
+
+    def note_backward(self) -> None:
+        """Note a backward pass that was seen elsewhere, as on shards."""
+        self._backward_seen = True
+
+    def forget_discarded(self, holders: Sequence[Tensor]) -> None:
+        """Drop passes whose gradients were thrown away, as after an overflow under a GradScaler.
+
+        Args:
+            holders: Where the gradients lie: parameters, or their shards.
+        """
+        if self._square_sum is None or self._counts is None or not self._backward_seen:
+            return
+        gradients = [param.grad for param in holders if param.grad is not None]
+        if not gradients:
+            self.forget()
+        else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
+            alive = square_norms(map(local_part, gradients)).sum() != 0
+            self._square_sum = self._square_sum * alive
+            self._counts = self._counts * alive
+
+
+class ShardWatch:
+    """
+    The shards of sharded parameters, which the modules do not show during a forward pass.
+
+    A backward pass that FSDP2 does not reduce (while accumulating) leaves its gradients where nobody can see them,
+    but also where nobody can throw them away; so a backward pass counts as seen when gradients arrive on shards.
+
+    Args:
+        arrived: Called when a gradient arrives.
+    """
+
+    def __init__(self, arrived: Callable[[], None]) -> None:
+        self._arrived = arrived
+        self._handles: list[Any] = []
+        self.shards: dict[int, Tensor] = {}
+
+    def watch(self, parameters: IndexedTensors) -> bool:
+        """Watch those that are shards, and return whether there are any.
+
+        Args:
+            parameters: (unit index, parameter) as the modules show them now.
+        """
+        shards = [param for _, param in parameters if isinstance(param, DTensor)]
+        for param in shards:
+            if id(param) not in self.shards:
+                self.shards[id(param)] = param
+                self._handles.append(param.register_post_accumulate_grad_hook(lambda _: self._arrived()))
+        return bool(shards)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.shards.clear()
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Say the way out where torch refuses a gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UnsupportedEngineError(
+                "the model calls torch.utils.checkpoint.checkpoint(..., use_reentrant=True), which hides what is "
+                "inside from the gradient of the dropout divergence; pass use_reentrant=False there."
+            ) from error
+        if "donated buffers" in str(error):
+            raise UnsupportedEngineError(
+                "the compiled model gives up buffers that the user's own backward pass still needs after the risk "
+                "pass. Set torch._functorch.config.donated_buffer = False before the first forward call, or "
+                "risk_pass='sampled' in ROSEConfig."
+            ) from error
+        raise
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the user's `param.register_hook(...)` out of a gradient that is ours: it is none of the training's."""
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    kept = [dict(found) for found in hooks]
+    for found in hooks:
+        found.clear()
+    try:
+        yield
+    finally:
+        for found, before in zip(hooks, kept, strict=True):
+            found.update(before)

@@ -1,0 +1,182 @@
+"""The sampled risk pass: a few rows, once in a while, beside the user's own pass and without a trace on it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from .distributed import whole_parameters
+from .inputs import has_cache, take_rows, tensors_inside, without_cache
+from .norms import IndexedTensors
+from .risk import Call, Head, RiskWindow
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a call.
+
+    Args:
+        call: With those rows as its inputs, and without the user's caches.
+        first: What the user's own pass made of them, without a graph; None where it says nothing.
+        whole: Whether it is the whole batch, because its rows cannot be taken apart.
+    """
+
+    call: Call
+    first: Sequence[Tensor] | None
+    whole: bool
+
+
+def take_sample(call: Call, output: object, head: Head, fraction: float) -> Sample:
+    """Take some rows of a call, spread over the batch.
+
+    Args:
+        call: The user's call.
+        output: What it returned.
+        head: What the logits mean.
+        fraction: Share of the rows, in (0, 1].
+    """
+    fused = bool(call.kwargs.get("fused_lm_head"))  # TRL's trainers ask for log-probabilities and no logits
+    logits = [] if fused else [part.detach() for part in head.logits(output)]
+    rows = take_rows(call.args, without_cache(call.args, call.kwargs), fraction, [len(part) for part in logits])
+    kwargs = {**rows.kwargs, "fused_lm_head": False} if fused else rows.kwargs
+    # What a model says after the tokens in a cache is not what it says without them.
+    telling = not fused and not has_cache(call.kwargs)
+    first = [rows.of(part) for part in logits] if telling else None
+    return Sample(Call(call.module, rows.args, kwargs, {}), first, rows.index is None)
+
+
+def sampled_pass(
+    sample: Sample,
+    head: Head,
+    window: RiskWindow,
+    parameters: Callable[[], IndexedTensors],
+    *,
+    scale: float,
+    confirm: bool,
+) -> None:
+    """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
+
+    The gradient runs through this pass alone; to be called `aside`.
+
+    Args:
+        sample: The rows.
+        head: What the logits mean.
+        window: Where the norms go.
+        parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
+        scale: Factor on the divergence before its gradient is taken.
+        confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
+            that are as near as rounding count as equal.
+    """
+    with whole_parameters(head.model):
+        first = sample.first if sample.first is not None else _without_gradient(sample, head)
+        second = head.logits(sample.call.again())
+        value, _ = head.divergence(first, second, sample.call.kwargs)
+        if confirm:
+            equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
+        else:
+            equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
+        # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
+        inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
+        retain = any(tensor.requires_grad for tensor in inputs)
+        window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
+
+
+def _without_gradient(sample: Sample, head: Head) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return head.logits(sample.call.again())
+
+
+def _pairs(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(first, second, strict=True)
+
+
+def _all(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).all()
+
+
+def _nearly_equal(one: Tensor, other: Tensor) -> Tensor:
+    """Whether two passes differ by no more than the rounding of another batch size."""
+    tolerance = 16 * torch.finfo(one.dtype).eps
+    return (one - other).abs().max() <= tolerance * one.abs().max()
+
+
+@contextmanager
+def aside(module: nn.Module) -> Iterator[None]:
+    """Leave random states, buffers and checkpointing as they are.
+
+    Args:
+        module: The model to be called inside.
+    """
+    buffers = _own_buffers(module)
+    # The small graph needs no checkpoints, and reentrant ones hide the parameters from its gradient.
+    checkpointed = [inner for inner in module.modules() if getattr(inner, "gradient_checkpointing", False) is True]
+    for inner in checkpointed:
+        inner.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        with _own_draws(module):
+            yield
+    finally:
+        for inner in checkpointed:
+            inner.gradient_checkpointing = True  # type: ignore[assignment]
+        for inner, name, buffer in buffers:
+            inner._buffers[name] = buffer
+
+
+def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Put copies in the place of what a forward pass may write to, such as running statistics; returns the originals.
+
+    The originals are not touched at all: the user's graph may have saved them, and would know by their version.
+    """
+    found = []
+    copies: dict[int, Tensor] = {}
+    for inner in module.modules():
+        for name, buffer in inner._buffers.items():
+            # Counters and statistics; integers of more dimensions are quantized weights.
+            if buffer is not None and (buffer.is_floating_point() or buffer.dim() <= 1):
+                found.append((inner, name, buffer))
+                inner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+    return found
+
+
+@contextmanager
+def _own_draws(module: nn.Module) -> Iterator[None]:
+    """Draw from generators that follow from the user's and leave them where they are.
+
+    The seed is made of all their states, so that a run that is resumed with them draws the same again.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    generators = [_generator(device) for device in sorted(devices, key=str)]
+    plain, numbers, states = random.getstate(), numpy.random.get_state(), [each.get_state() for each in generators]
+    cpu = torch.get_rng_state()
+    everything = [plain, numbers, *(state.numpy().tobytes() for state in [cpu, *states])]
+    seed = int.from_bytes(hashlib.blake2b(pickle.dumps(everything), digest_size=8).digest(), "little") % 2**63
+    try:
+        # Not torch.manual_seed, which seeds every device there is.
+        for generator in [torch.default_generator, *generators]:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        random.setstate(plain)
+        numpy.random.set_state(numbers)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of an accelerator."""
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.get_device_module(device).default_generators[device.index or 0]

@@ -1,0 +1,163 @@
+"""A score per unit, small meaning robust: the two of ROSE, behind a Protocol for those that users bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .masks import second_order_scores
+from .optimizers import Group, MomentumRule, momentum_of, momentum_rule, no_momentum
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """One parameter of a unit that is about to be stepped.
+
+    Args:
+        index: Its unit's.
+        param: The parameter.
+        optimizer: Who steps it.
+        group: Its parameter group.
+    """
+
+    index: int
+    param: Tensor
+    optimizer: torch.optim.Optimizer
+    group: Group
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient as the optimizer gets it: clipped, and still with the loss scale where a fused one unscales."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+    @property
+    def rule(self) -> MomentumRule:
+        """How the optimizer keeps the momentum.
+
+        Raises:
+            UnsupportedOptimizerError: If it keeps none.
+        """
+        rule = momentum_rule(self.optimizer, self.group)
+        if rule is None:
+            raise no_momentum(self.optimizer, self.group)
+        return rule
+
+    @property
+    def momentum(self) -> Tensor | None:
+        """The momentum before the step, or None where there is no state yet.
+
+        Raises:
+            UnsupportedOptimizerError: If the optimizer keeps none, or none that can be read.
+        """
+        return momentum_of(self.optimizer, self.param, self.rule)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a step besides the norms that a score asked for.
+
+    Args:
+        units: Names of the units, U of them.
+        sizes: Number of weights of each unit, float64 [U].
+        stepping: The parameters of units that have a gradient in this step.
+        steps: Number of masked steps taken before this one.
+        risk: Mean squared norms of the divergence gradients, float64 [U], zero for units that none has reached; None
+            without a risk pass.
+        loss_scale: Scale that the gradients still carry.
+        dtype: In which the scores are ranked, float32 or float64.
+    """
+
+    units: Sequence[str]
+    sizes: Tensor
+    stepping: Sequence[Stepping]
+    steps: int
+    risk: Tensor | None
+    loss_scale: float
+    dtype: torch.dtype
+
+
+class Score(Protocol):
+    """Scores the units of one step: first says which norms it needs, then makes numbers of them."""
+
+    def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
+        """Lists of (unit index, tensor) whose norms per unit are wanted; they are taken and fetched together.
+
+        Args:
+            stepping: The parameters of units that have a gradient in this step.
+        """
+        ...
+
+    def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
+        """Score the units.
+
+        Args:
+            norms: float64 [U] on the CPU for each list that `tensors` returned.
+            facts: What else is known.
+
+        Returns:
+            Non-negative scores in `facts.dtype` [U], and units that cannot be ranked and are kept, bool [U].
+        """
+        ...
+
+
+class FirstOrder:
+    """Scores a unit by the norm of the gradient of the dropout divergence (section 3.3 step 4 of the reference)."""
+
+    def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
+        """None: the risk passes have their norms already."""
+        return ()
+
+    def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
+        """Take the root mean square over the passes; a unit that none has reached has nothing to be ranked by."""
+        assert facts.risk is not None
+        return facts.risk.sqrt().to(facts.dtype), facts.risk == 0
+
+
+class SecondOrder:
+    """Scores a unit by its new gradient against its momentum (section 3.3 step 4 of the reference)."""
+
+    def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
+        """Gradients and momenta."""
+        momenta = [(entry.index, entry.momentum) for entry in stepping]
+        return (
+            [(entry.index, entry.gradient) for entry in stepping],
+            [(index, momentum) for index, momentum in momenta if momentum is not None],
+        )
+
+    def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
+        """Compare norms; a unit without momentum has nothing to be compared with."""
+        gradients, momenta = norms
+        scores = second_order_scores(
+            (gradients / facts.loss_scale).to(facts.dtype), momenta.to(facts.dtype), fresh_factors(facts)
+        )
+        return scores, momenta == 0
+
+
+def fresh_factors(facts: Facts) -> Tensor:
+    """Factor with which each unit's gradient enters its momentum, in `facts.dtype` [U]; 1 for units without gradient.
+
+    Args:
+        facts: What is known of the step.
+    """
+    fresh = torch.ones(len(facts.units), dtype=torch.float64)
+    for entry in facts.stepping:
+        fresh[entry.index] = entry.rule.fresh
+    return fresh.to(facts.dtype)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores that a selector ranks by; each strategy uses its own, the ensemble both.
+
+    Args:
+        first_order: Ranked by the strategies "first_order" and "ensemble".
+        second_order: Ranked by the strategies "second_order" and "ensemble".
+    """
+
+    first_order: Score = field(default_factory=FirstOrder)
+    second_order: Score = field(default_factory=SecondOrder)

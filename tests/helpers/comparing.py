@@ -1,0 +1,15 @@
+"""Everything of a training that must be the same after another way of running it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def everything(model, selector, optimizer) -> tuple[dict, dict, dict]:
+    state = {key: value for key, value in selector.state.values.items() if isinstance(value, Tensor)}
+    return model.state_dict(), state, optimizer.state_dict()["state"]
+
+
+def assert_same(one, other) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)

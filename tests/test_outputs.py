@@ -1,0 +1,226 @@
+"""What a model returns and is called with: caches, losses, tuples, and what the logits mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from rose_peft import ROSEConfig, RoseError, UnsupportedModelError, attach_rose, get_selector
+from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.training import optimizer_of
+
+
+def scores_after_a_step(model: nn.Module, inputs: dict[str, Any], loss_of: Any, **fields: Any) -> dict[str, float]:
+    """First-order scores of one step, by unit."""
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", **fields))
+    model.train()
+    optimizer = optimizer_of(model)
+    torch.manual_seed(1)
+    loss_of(model(**inputs)).backward()
+    optimizer.step()
+    return {name: unit.first_order_score for name, unit in selector.statistics().units.items()}
+
+
+def mean_square(output: Any) -> Tensor:
+    return (output if isinstance(output, Tensor) else output.logits).square().mean()
+
+
+# A cache of the user's ----------------------------------------------------------------------------------------------
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": 0.3, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="eager"))
+
+
+def sentence(length: int = 6, seed: int = 0) -> Tensor:
+    return torch.randint(3, 32, (4, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("strategy", ["first_order", "ensemble"])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_a_cache_of_the_users_is_advanced_once(strategy: str, prefix: int) -> None:
+    model = tiny_llama()
+    cache = DynamicCache()
+    if prefix:
+        with torch.no_grad():
+            model.eval()(input_ids=sentence(prefix, seed=1), past_key_values=cache, use_cache=True)
+    attach_rose(model, ROSEConfig(strategy=strategy))
+    model.train()
+    output = model(input_ids=sentence(), labels=sentence(), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == prefix + 6
+    output.loss.backward()
+    optimizer_of(model).step()
+    assert get_selector(model).statistics().steps == 1
+
+
+def test_both_passes_start_from_the_same_cache() -> None:
+    """An empty cache changes nothing; one that the first pass has filled would be read by the second."""
+    without = scores_after_a_step(tiny_llama(), {"input_ids": sentence(), "use_cache": False}, mean_square)
+    inputs = {"input_ids": sentence(), "use_cache": True, "past_key_values": DynamicCache()}
+    given = scores_after_a_step(tiny_llama(), inputs, mean_square)
+    assert given == pytest.approx(without, rel=1e-4)
+
+
+# What comes back ----------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.lin(x)).tanh()
+
+
+class Returns(nn.Module):
+    """Two blocks and a head; `what` says what it returns."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x.mean(dim=1))
+        values = {"logits": logits, "loss": logits.square().mean(), "hidden and logits": (x, logits)}
+        return values[self.what]
+
+
+def returns(what: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Returns(what).train()
+
+
+def vectors() -> dict[str, Tensor]:
+    return {"x": torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))}
+
+
+def test_a_model_that_returns_its_loss_alone_is_refused() -> None:
+    model = returns("loss")
+    attach_rose(model, ROSEConfig(strategy="first_order"))
+    with pytest.raises(UnsupportedModelError) as caught:
+        model(**vectors()).backward()
+    assert "no logits" in str(caught.value) and "second_order" in str(caught.value)
+
+
+def test_a_loss_alone_is_enough_for_the_second_order() -> None:
+    model = returns("loss")
+    selector = attach_rose(model, ROSEConfig(strategy="second_order"))
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**vectors()).backward()
+        optimizer.step()
+    assert selector.statistics().last_kept_share < 1
+
+
+def test_hidden_states_are_not_taken_for_logits() -> None:
+    """Either the logits of the pair are found, or it is refused; never the divergence of hidden states."""
+    expected = scores_after_a_step(returns("logits"), vectors(), mean_square)
+    try:
+        found = scores_after_a_step(returns("hidden and logits"), vectors(), lambda output: mean_square(output[1]))
+    except RoseError as error:
+        assert "logits" in str(error)
+    else:
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+# What the logits mean -----------------------------------------------------------------------------------------------
+
+
+class Storyteller(GPT2LMHeadModel):
+    """A causal model whose class does not say so."""
+
+
+def tiny_gpt2(cls: type[nn.Module] = GPT2LMHeadModel) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_positions": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
+    return cls(GPT2Config(**sizes, attn_implementation="eager"))
+
+
+def story() -> dict[str, Tensor]:
+    """Labels in the second half only: a shift by one position changes which logits count."""
+    labels = sentence(8)
+    return {"input_ids": sentence(8), "labels": labels.masked_fill(torch.arange(8) < 4, -100)}
+
+
+def by_loss(output: Any) -> Tensor:
+    return output.loss
+
+
+def test_a_compiled_causal_model_is_causal() -> None:
+    expected = scores_after_a_step(tiny_gpt2(), story(), by_loss)
+    compiled = scores_after_a_step(torch.compile(tiny_gpt2(), backend="eager"), story(), by_loss)
+    assert [score for score in compiled.values()] == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{"head": "causal"}, {"task_type": "CAUSAL_LM"}], ids=str)
+def test_the_config_says_that_a_model_is_causal(fields: dict[str, Any]) -> None:
+    expected = scores_after_a_step(tiny_gpt2(), story(), by_loss)
+    said = scores_after_a_step(tiny_gpt2(Storyteller), story(), by_loss, **fields)
+    assert said == pytest.approx(expected, rel=1e-5)
+    unsaid = scores_after_a_step(tiny_gpt2(), story(), by_loss, head="softmax")
+    assert unsaid != pytest.approx(expected, rel=1e-3), "the shift must show in this batch"
+
+
+def test_a_decoder_only_model_named_for_generation_is_causal() -> None:
+    """As vision-language models are named; encoder-decoders, whose labels are not shifted, have that name too."""
+
+    class PicturesForConditionalGeneration(GPT2LMHeadModel):
+        pass
+
+    expected = scores_after_a_step(tiny_gpt2(), story(), by_loss)
+    found = scores_after_a_step(tiny_gpt2(PicturesForConditionalGeneration), story(), by_loss)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "head, problem_type",
+    [
+        ("softmax", "single_label_classification"),
+        ("multi_label", "multi_label_classification"),
+        ("regression", "regression"),
+    ],
+)
+def test_the_config_says_what_logits_mean(head: str, problem_type: str) -> None:
+    inputs = {name: tensor for name, tensor in batch(tiny_bert()).items() if name != "labels"}
+    known = scores_after_a_step(tiny_bert(problem_type=problem_type), inputs, mean_square)
+    other = "regression" if head != "regression" else "multi_label_classification"
+    said = scores_after_a_step(tiny_bert(problem_type=other), inputs, mean_square, head=head)
+    assert said == pytest.approx(known, rel=1e-5), "what the config says goes before problem_type"
+    misread = scores_after_a_step(tiny_bert(problem_type=other), inputs, mean_square)
+    assert misread != pytest.approx(known, rel=1e-3)
+
+
+def test_per_token_scores_can_be_declared() -> None:
+    """[rows, positions] looks like classes: a softmax over positions would be taken for what it is not."""
+
+    class PerToken(Returns):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)[..., 0]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return PerToken("logits").train()
+
+    scores = {
+        head: scores_after_a_step(build(), vectors(), mean_square, head=head)
+        for head in (None, "softmax", "multi_label", "regression")
+    }
+    assert scores[None] == scores["softmax"]
+    for head in ("multi_label", "regression"):
+        assert scores[head] != pytest.approx(scores["softmax"], rel=1e-3)
