@@ -82,7 +82,7 @@ def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> Non
     """Let the watchdog look at risk passes; near-equal outputs of a sampled one are looked at again in the next."""
     near = steered.config.risk_pass == "sampled" and not steered.confirm
     steered.watchdog.check_risk(dataclasses.replace(risk, equal=0.0) if near else risk)
-    steered.confirm = near and 0 < risk.equal == risk.passes
+    steered.confirm = 0 < risk.equal == risk.passes
     if not steered.window.is_empty:
         steered.watchdog.check_reached(steered.window.reached, stepping)
 

@@ -17,7 +17,7 @@ from .engines.finding import EngineFinder
 from .inputs import cache_before
 from .norms import IndexedTensors
 from .risk import Call, Head, hidden_states_are_equal, paired_pass
-from .sampled import Draw, sampled_pass
+from .sampled import aside, sampled_pass, take_sample
 from .scores import Scores
 from .steered import Steered
 from .units import LiveUnits
@@ -150,25 +150,21 @@ class Passes:
         return output
 
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
-        config, state, window = steered.config, steered.state, steered.window
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
-        with self.own():
-            if steered.confirm:
-                self._check_hidden_states(call, steered)
+        sample = take_sample(call, output, head, steered.config.risk_fraction)
+        with self.own(), aside(call.module), self.around.engine.whole_parameters():
             sampled_pass(
-                call,
-                output,
+                sample,
                 head,
-                window,
+                steered.window,
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
-                self.around.engine.whole_parameters(),
-                fraction=config.risk_fraction,
-                scale=float(state.risk_scale),
-                draw=Draw(int(state.risk_seed), int(state.steps), window.calls, self._processes.rank),
+                scale=float(steered.state.risk_scale),
                 confirm=steered.confirm,
             )
+            if steered.confirm:
+                self._check_hidden_states(sample.call, steered)
         if steered.plan is not None:
             steered.plan.hold_back()
 

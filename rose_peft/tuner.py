@@ -81,6 +81,9 @@ class ROSEModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
+        if not config.inference_mode and config.original_weights != "keep":
+            for layer in _rose_layers(model):
+                layer.put_away(config.original_weights)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
 
@@ -214,6 +217,8 @@ class ROSEModel(BaseTuner):
         # PEFT looks modules up by names that are out of date once the container around them is unloaded, so our layers
         # go first; it then deals with `modules_to_save`.
         layers = _rose_layers(self.model)
+        for layer in () if merge else layers:
+            layer.check_originals()
         for layer in layers if merge else ():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         selector = find_selector(self.model)

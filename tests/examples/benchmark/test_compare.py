@@ -1,4 +1,4 @@
-"""examples.benchmark.compare as a user runs it: a grid killed half way and resumed, the search, failing cells, bad grids."""
+"""examples.benchmark.compare as a user runs it: a grid killed half way and resumed, the search, failing cells."""
 
 from __future__ import annotations
 
