@@ -29,7 +29,9 @@ def test_rows_are_spread_over_the_batch(count: int, fraction: float) -> None:
         assert rows.index is None
         return
     assert rows.index is not None and len(rows.index) == wanted == len(rows.kwargs["input_ids"])
-    assert torch.equal(rows.kwargs["input_ids"][:, 0], rows.index) and torch.equal(rows.of(numbered(count)), rows.index)
+    assert torch.equal(rows.kwargs["input_ids"][:, 0], rows.index) and torch.equal(
+        rows.of(numbered(count)), rows.index
+    )
     gaps = rows.index.diff(append=torch.tensor([count]))
     # No two gaps differ by more than one, the first row is in, and no row twice.
     assert rows.index[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1

@@ -80,14 +80,19 @@ def optimizer_of(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
     return optimizer, get_linear_schedule_with_warmup(optimizer, 0, STEPS)
 
 
-def classifier(strategy: str | None = "ensemble", lora: bool = False) -> nn.Module:
+def risk_fields(risk_pass: str) -> dict[str, Any]:
+    """Sampled passes at every second step: a training of a few steps has steps with and without."""
+    return {"risk_pass": risk_pass, **({"risk_interval": 2} if risk_pass == "sampled" else {})}
+
+
+def classifier(strategy: str | None = "ensemble", lora: bool = False, risk_pass: str = "paired") -> nn.Module:
     """A tiny PEFT model; without a strategy ROSE is taken off again."""
     inner = LoraConfig(r=4, target_modules=["query", "value", "dense"]) if lora else None
     base = tiny_bert(num_labels=2)
     # BERT takes keywords for its loss and ignores them: the Trainer of transformers 5 leaves the division to it.
     base.accepts_loss_kwargs = False
-    config = ROSEConfig(task_type="SEQ_CLS", base_config=inner, strategy=strategy or "ensemble", upper_quantile=0.6)
-    model = get_peft_model(base, config)
+    fields = {"task_type": "SEQ_CLS", "base_config": inner, "upper_quantile": 0.6, **risk_fields(risk_pass)}
+    model = get_peft_model(base, ROSEConfig(strategy=strategy or "ensemble", **fields))
     if strategy is None:
         detach_rose(model)
     return model
@@ -286,10 +291,11 @@ def next_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "labels": labels}
 
 
-def causal(strategy: str = "ensemble", lora: bool = True) -> nn.Module:
+def causal(strategy: str = "ensemble", lora: bool = True, risk_pass: str = "paired") -> nn.Module:
     """Over LoRA, or a plain model trained in place: TRL refuses tuner layers on the language model head."""
     inner = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
-    config = ROSEConfig(task_type="CAUSAL_LM", base_config=inner, strategy=strategy, upper_quantile=0.6, dropout=0.1)
+    fields = {"task_type": "CAUSAL_LM", "base_config": inner, "upper_quantile": 0.6, **risk_fields(risk_pass)}
+    config = ROSEConfig(strategy=strategy, dropout=0.1, **fields)
     model = tiny_llama()
     if lora:
         return get_peft_model(model, config)

@@ -28,10 +28,12 @@ RANK = int(os.environ.get("RANK", 0))
 DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
 
 
-def build(strategy: str) -> nn.Module:
-    """The same tiny model on every rank."""
+def build(strategy: str, risk_pass: str = "paired", **fields: float) -> nn.Module:
+    """The same tiny model on every rank; sampled passes come at every second step, so that a few steps show both."""
+    if risk_pass == "sampled":
+        fields = {"risk_interval": 2, "risk_fraction": 0.5, **fields}
     model = tiny_bert(num_labels=3, hidden_size=32, intermediate_size=64, vocab_size=50, attn_implementation="sdpa")
-    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
+    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy, risk_pass=risk_pass, **fields))
 
 
 def wrap(model: nn.Module, engine: str) -> nn.Module:
@@ -65,6 +67,8 @@ def main() -> None:
     parser.add_argument(
         "--idle_last", action="store_true", help="the last micro-batch of each step has a loss of zero"
     )
+    parser.add_argument("--risk_pass", default="paired")
+    parser.add_argument("--plain", action="store_true", help="nothing is ever frozen, or without --risk_pass no ROSE")
     parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
