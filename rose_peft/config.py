@@ -14,6 +14,7 @@ from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
 RISK_PASSES = ("paired", "sampled")
+ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
 RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
@@ -66,6 +67,9 @@ class ROSEConfig(PeftConfig):
             regular expression train those modules only, and their weights are units.
         exclude_modules: Names or a regular expression of modules that stay frozen.
         modules_to_save: Further modules that are trained, unmasked, and saved with the adapter.
+        original_weights: Full fine-tuning: what becomes of the weights as they were before the training, while copies
+            of them train: "keep" (twice the memory for weights), "cpu" (they come back while the adapter is disabled)
+            or "drop" (disabling, unloading without merging and further adapters are errors).
         base_config: The config of the PEFT method that ROSE steers, such as `LoraConfig(r=8)`.
 
     Raises:
@@ -139,6 +143,15 @@ class ROSEConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained, unmasked, and saved with the adapter."}
+    )
+    original_weights: Literal["keep", "cpu", "drop"] = field(
+        default="keep",
+        metadata={
+            "help": (
+                "Full fine-tuning: 'keep' the original weights beside the copies that train, move them to the 'cpu', "
+                "or 'drop' them."
+            )
+        },
     )
     base_config: PeftConfig | None = field(
         default=None, metadata={"help": "Config of the PEFT method that ROSE steers; None for full fine-tuning."}
@@ -215,6 +228,15 @@ class ROSEConfig(PeftConfig):
                 f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
             )
         self._check_risk_pass()
+        if self.original_weights not in ORIGINAL_WEIGHTS:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} is unknown; choose one of {', '.join(ORIGINAL_WEIGHTS)}."
+            )
+        if self.original_weights != "keep" and self.base_config is not None:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} has no effect beside a base_config, whose adapter needs "
+                "the original weights; leave it out."
+            )
         if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
             raise RoseConfigError(
                 f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."

@@ -205,6 +205,10 @@ class RoseSelector:
             self._current = landed
             self.steps_taken += 1
 
+    def settle(self, optimizer: Optimizer) -> None:
+        """Put right what a step of an optimizer has left that raised or was interrupted."""
+        self._flights.settle(optimizer)
+
     def gather(self, steered: Steered, stepping: Sequence[Stepping], scale: float) -> Gathered:
         """Fetch what the masks of one adapter are made of."""
         self.processes.find(self.host, [entry.param for entry in stepping])

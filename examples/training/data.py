@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset
+from pandas import to_numeric
 
 from rose_peft.robustness.adv_glue import ADV_GLUE
 from rose_peft.robustness.data import TASKS, adv_glue_file, find_split, read_hub, read_table
@@ -136,6 +136,13 @@ def _read(args: TrainArguments, option: str, path: str | Path, key: str | None =
         table = read_table(path, [column for column in _columns(args) if column], key, label_column=args.label_column)
     except DataError as error:
         raise InputError(f"{option}={str(path)!r}: {error}") from error
+    if Path(path).suffix in (".csv", ".tsv"):  # where all is text, a column of numbers is still none of texts
+        for column in (name for name in _columns(args) if name in table and name != args.label_column):
+            if len(table) and to_numeric(table[column], errors="coerce").notna().all():
+                raise InputError(
+                    f"text_column={column!r} holds {table[column][0]} in row 0 of {str(path)!r} and nothing but "
+                    "numbers; pass the column of the texts."
+                )
     return Dataset.from_pandas(table, preserve_index=False)
 
 
@@ -202,12 +209,6 @@ def _checked(
         if column is None:
             continue
         content[option] = list(data[column])
-        numbers = [text for text in content[option] if isinstance(text, str) and re.fullmatch(r"-?\d+(\.\d+)?", text)]
-        if len(numbers) == len(data):
-            raise InputError(
-                f"{option}_column={column!r} holds {numbers[0]} in row 0 of the {split} data and nothing but numbers; "
-                "pass the column of the texts."
-            )
         for row, text in enumerate(content[option]):
             if not isinstance(text, str):
                 raise InputError(

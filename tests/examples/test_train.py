@@ -20,55 +20,14 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from tests.helpers.task import tiny_task
+from tests.helpers.task import assert_same_run, newest, options, weights
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("datasets")
 from examples import train  # noqa: E402
 from examples.training import data, demo_data, run  # noqa: E402
 from examples.training.arguments import TrainArguments  # noqa: E402
-from examples.training.checkpoint import Checkpoints  # noqa: E402
 from rose_peft.robustness.data import load_adv_glue, load_glue  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return tiny_task(tmp_path_factory.mktemp("inputs"))
-
-
-def options(inputs: dict[str, str], output: Path, *more: str) -> list[str]:
-    """A short run on the tiny inputs."""
-    settings = {
-        "task": "sst2",
-        "data_dir": inputs["data"],
-        "model_name_or_path": inputs["model"],
-        "output_dir": str(output),
-        "epochs": "2",
-        "batch_size": "16",
-        "learning_rate": "1e-3",
-    }
-    return [part for name, value in settings.items() for part in (f"--{name}", value)] + list(more)
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    """Trained weights of the run's last checkpoint."""
-    return load_file(newest(output) / "model.safetensors")
-
-
-def newest(output: Path) -> Path:
-    found = Checkpoints(output, None).newest()
-    assert found is not None
-    return found
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Two runs ended in the same weights and figures, to the last bit."""
-    first, second = weights(one), weights(two)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    results = [json.loads((path / "results.json").read_text()) for path in (one, two)]
-    assert results[0]["history"] == results[1]["history"]
-    assert results[0]["rose"] == results[1]["rose"]
 
 
 @pytest.mark.parametrize(

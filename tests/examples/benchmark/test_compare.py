@@ -1,4 +1,4 @@
-"""examples/compare.py as a user runs it: a grid killed half way and resumed, the search, failing cells, bad grids."""
+"""examples.benchmark.compare as a user runs it: a grid killed half way and resumed, the search, failing cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rose_peft.robustness import Estimate, RobustnessError, Row, load_result
 from rose_peft.robustness.results import find
-from tests.helpers.task import tiny_task
 
 ROOT = Path(__file__).parents[3]
 pytest.importorskip("datasets")
@@ -30,11 +29,6 @@ from examples.training import run  # noqa: E402
 from examples.training.arguments import InputError  # noqa: E402
 
 ATTACKED = find_spec("textattack") is not None and "NLTK_DATA" in os.environ
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return tiny_task(tmp_path_factory.mktemp("inputs"))
 
 
 def content(inputs: dict[str, str], **changes: Any) -> dict[str, Any]:

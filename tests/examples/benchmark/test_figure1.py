@@ -1,4 +1,4 @@
-"""examples/figure1.py as a user runs it."""
+"""examples.benchmark.figure1 as a user runs it."""
 
 from __future__ import annotations
 
