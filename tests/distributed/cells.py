@@ -71,7 +71,7 @@ def _refused() -> list[Cell]:
 
 
 def _sampled() -> list[Cell]:
-    """Each engine in a plain loop and, in bf16, in the Trainer; a precision each; what only paired passes refuse."""
+    """Sampled passes under each engine, in each loop and in each precision, and where only paired ones are refused."""
     ways = [(engine, "plain", precision) for engine in ENGINES for precision in ("float32", "bf16_autocast")]
     ways += [("one", "plain", precision) for precision in ("fp16_autocast", "bf16", "float64")]
     ways += [(engine, loop, "float32") for engine in ("one", "ddp", "fsdp2") for loop in ("accelerate", "trainer")]
