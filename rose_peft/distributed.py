@@ -129,17 +129,19 @@ def keep_unsharded_after_forward(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
+def whole_parameters(module: nn.Module) -> Iterator[None]:
     """Let FSDP2 keep whole what it gathers inside, and give back afterwards what was sharded before.
 
     Args:
-        model: Model in which modules may be sharded by `fully_shard`.
+        module: What is called inside, past its own hooks; it and modules in it may be sharded by `fully_shard`.
     """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in sharded for group in _parameter_groups(module)]
+    sharded = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    groups = [group for inner in sharded for group in _parameter_groups(inner)]
     before = [(group, group.post_forward_mesh_info, group.is_sharded) for group in groups]
     for group in groups:
         group.post_forward_mesh_info = None
+    if isinstance(module, FSDPModule):
+        module.unshard()
     try:
         yield
     finally:

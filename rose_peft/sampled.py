@@ -75,7 +75,7 @@ def sampled_pass(
         confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
             that are as near as rounding count as equal.
     """
-    with whole_parameters(head.model):
+    with whole_parameters(sample.call.module):
         first = sample.first if sample.first is not None else _without_gradient(sample, head)
         second = head.logits(sample.call.again())
         value, _ = head.divergence(first, second, sample.call.kwargs)

@@ -79,7 +79,7 @@ def test_sampled_passes_leave_the_reducers_alone(engine: str, tmp_path: Path) ->
             )
         assert all(torch.equal(weight, two["weights"][name]) for name, weight in one["weights"].items())
         # Between forward and backward only that is whole which FSDP2 keeps whole without ROSE: nothing of the blocks.
-        assert one["sharded"] == two["sharded"]
+        assert all(names <= more for names, more in zip(one["sharded"], two["sharded"], strict=True))
         blocks = {name for name in one["weights"] if ".encoder.layer." in name}
         assert all(blocks <= names for names in two["sharded"]) == (engine == "fsdp2")
 
