@@ -25,10 +25,11 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, it sees only its own folder
 
 from examples.training.arguments import InputError, Parser, TrainArguments
-from examples.training.checkpoint import NOTE
+from examples.training.checkpoint import NOTE, check_writable, is_full_disk
 from examples.training.data import TextData, load_text
 from examples.training.run import train
 from rose_peft import RoseError
+from rose_peft.robustness import RobustnessError
 
 
 def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
@@ -76,6 +77,13 @@ def join_processes() -> PartialState:
     return PartialState(cpu=on_cpu)
 
 
+def fail(state: PartialState, message: str) -> int:
+    """Print an error as one line, on one process, and return the exit code for it."""
+    if state.is_local_main_process:
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, or 2 after one line that says what to change."""
     args = Parser().parse(argv)
@@ -84,13 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     state = join_processes()
     try:
         args.check()
+        args.refuse_without_effect(args.given())
+        check_writable(Path(args.output_dir))
         with state.main_process_first():  # the others find the data in the cache
             text = load_text(args)
         results = demo(args, text) if args.is_demo else [train(args, text)]
-    except (InputError, RoseError) as error:
-        if state.is_local_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (InputError, RoseError, RobustnessError) as error:
+        return fail(state, str(error))
+    except Exception as error:  # safetensors and torch have their own errors for a full disk
+        if not is_full_disk(error):
+            raise
+        return fail(state, f"output_dir={args.output_dir!r}: the disk is full; make room and continue with --resume.")
     if state.is_main_process:
         print(f"\n{table(results)}")
         print(f"\nmodels, results.json and masks.png: {args.output_dir}")

@@ -229,7 +229,8 @@ def _check(grid: Grid) -> None:
             )
     for candidate in grid.all_candidates():
         try:
-            candidate.arguments(Path("unused"), None)
+            own = set(grid.methods[candidate.method]) | set(candidate.searched)
+            candidate.arguments(Path("unused"), None).refuse_without_effect(own)
         except (ValueError, TypeError, RoseConfigError) as error:
             raise InputError(f"grid: {candidate.task}, {candidate.method}: {reason(error)}") from error
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -30,7 +31,8 @@ BOUNDS = {
     "max_length": (lambda value: value >= 1, "at least 1"),
     "max_train_samples": (lambda value: value >= 1, "at least 1; leave it out for all"),
     "save_steps": (lambda value: value >= 0, "at least 0; 0 saves at the end of epochs only"),
-    "learning_rate": (lambda value: value > 0, "above 0"),
+    "learning_rate": (lambda value: 0 < value <= 1, "above 0 and at most 1, beyond which AdamW cannot converge"),
+    "seed": (lambda value: 0 <= value < 2**32, "in [0, 2**32)"),
     "weight_decay": (lambda value: value >= 0, "at least 0"),
     "adam_beta1": (lambda value: 0 <= value < 1, "in [0, 1)"),
     "adam_beta2": (lambda value: 0 <= value < 1, "in [0, 1)"),
@@ -39,6 +41,22 @@ BOUNDS = {
     "max_grad_norm": (lambda value: value >= 0, "at least 0; 0 does not clip"),
     "r_drop_alpha": (lambda value: value >= 0, "at least 0"),
     "fgm_epsilon": (lambda value: value > 0, "above 0"),
+}
+
+
+# When an option has an effect, as (test of all options, words for it); without, it is refused.
+HAS_EFFECT = {
+    "fgm_epsilon": (lambda args: args.objective == "fgm", "--objective fgm"),
+    "r_drop_alpha": (lambda args: args.objective == "r_drop", "--objective r_drop"),
+    "gamma": (lambda args: args.strategy == "ensemble", "--strategy ensemble"),
+    **dict.fromkeys(
+        ("upper_quantile", "lower_quantile", "rose_warmup_steps", "dropout"),
+        (lambda args: args.strategy != "none", "a strategy of ROSE"),
+    ),
+    **dict.fromkeys(
+        ("label_column", "robust_files"),
+        (lambda args: not args.is_demo, "--task, or --train_file and --validation_file"),
+    ),
 }
 
 
@@ -102,7 +120,10 @@ class TrainArguments:
     )
     strategy: str = field(
         default="ensemble",
-        metadata={"help": "'none' is plain training without ROSE; else first_order, second_order or ensemble."},
+        metadata={
+            "choices": STRATEGIES,
+            "help": "'none' is plain training without ROSE; else first_order, second_order or ensemble.",
+        },
     )
     upper_quantile: float = field(default=0.7, metadata={"help": "ROSE freezes units with a score above it."})
     lower_quantile: float = field(default=0.0, metadata={"help": "ROSE freezes units with a score below it."})
@@ -117,15 +138,17 @@ class TrainArguments:
     variant: str | None = field(
         default=None,
         metadata={
+            "choices": tuple(VARIANT_STRATEGIES),
             "help": "Experiment: other scores in place of the strategy's own. random (with second_order), "
-            "momentum_change (second_order or ensemble) or size_normalised (first_order or ensemble)."
+            "momentum_change (second_order or ensemble) or size_normalised (first_order or ensemble).",
         },
     )
     objective: str = field(
         default="cross_entropy",
         metadata={
+            "choices": OBJECTIVES,
             "help": "What a step minimises: cross_entropy; two_pass, its mean over two dropout passes; r_drop, that "
-            "and their divergence; fgm, that and the loss on adversarially shifted embeddings. Goes with any strategy."
+            "and their divergence; fgm, that and the loss on adversarially shifted embeddings. Any strategy.",
         },
     )
     r_drop_alpha: float = field(default=1.0, metadata={"help": "Weight of the divergence in r_drop."})
@@ -148,18 +171,22 @@ class TrainArguments:
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW epsilon."})
-    lr_scheduler: str = field(default="linear", metadata={"help": "linear, cosine or constant_with_warmup."})
+    lr_scheduler: str = field(
+        default="linear", metadata={"choices": SCHEDULERS, "help": "linear, cosine or constant_with_warmup."}
+    )
     warmup_ratio: float = field(default=0.06, metadata={"help": "Share of all steps in which the rate rises."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 does not."})
     mixed_precision: str | None = field(
-        default=None, metadata={"help": "no, bf16 or fp16. Default: what accelerate launch was told."}
+        default=None,
+        metadata={"choices": PRECISIONS, "help": "no, bf16 or fp16. Default: what accelerate launch was told."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the head, the data order and dropout."})
 
     # Output
     output_dir: str = field(default="runs/train", metadata={"help": "Folder of this run."})
     keep: str = field(
-        default="best", metadata={"help": "Epoch whose model is kept: best (by clean accuracy) or last."}
+        default="best",
+        metadata={"choices": ("best", "last"), "help": "Epoch whose model is kept: best (by clean accuracy) or last."},
     )
     save_steps: int = field(default=0, metadata={"help": "Checkpoint every so many optimizer steps besides epochs."})
     resume: bool = field(default=False, metadata={"help": "Continue the run in output_dir from its last checkpoint."})
@@ -204,6 +231,25 @@ class TrainArguments:
                 )
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite exclude each other; pass one.")
+
+    def given(self) -> list[str]:
+        """Return the options that are not what they are by default."""
+        plain = TrainArguments()
+        return [option.name for option in fields(self) if getattr(self, option.name) != getattr(plain, option.name)]
+
+    def refuse_without_effect(self, given: Iterable[str]) -> None:
+        """Refuse options that have no effect in this combination.
+
+        Args:
+            given: Those that the user gave.
+
+        Raises:
+            InputError: Naming the option and what it needs.
+        """
+        for name in given:
+            has_effect, words = HAS_EFFECT.get(name, (lambda args: True, ""))
+            if not has_effect(self):
+                raise InputError(f"{name}={getattr(self, name)!r} has no effect without {words}; leave it out.")
 
     @property
     def is_demo(self) -> bool:

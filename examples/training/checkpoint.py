@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,6 +169,29 @@ def open_run(folder: Path, options: dict[str, Any], resume: bool, overwrite: boo
                 )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / NOTE, {"made_by": MADE_BY, "options": options})
+
+
+def check_writable(folder: Path) -> None:
+    """Check before anything long runs that the output folder can be written.
+
+    Raises:
+        InputError: If it, or the folder above it, takes no files.
+    """
+    above = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if (above.is_dir() and above != folder) or folder.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=above):
+                return
+        except OSError as error:
+            reason = error.strerror
+    else:
+        reason = f"{above} is a file"
+    raise InputError(f"output_dir={str(folder)!r} cannot be written ({reason}); pass another folder.")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether an error, of whatever library, says that the disk is full."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Features
 from pandas import to_numeric
+from pyarrow.parquet import read_schema
 
 from rose_peft.robustness.adv_glue import ADV_GLUE
 from rose_peft.robustness.data import TASKS, adv_glue_file, find_split, read_hub, read_table
@@ -46,6 +47,13 @@ def load_text(args: TrainArguments) -> TextData:
     for name, split in splits.items():
         _check_columns(name, split, columns, args.label_column)
     names = _label_names(splits["training"], args)
+    for name, split in splits.items():
+        feature = split.features[args.label_column]
+        if isinstance(feature, ClassLabel) and list(feature.names) != names:
+            raise InputError(
+                f"label_column={args.label_column!r}: the labels of the {name} data are {', '.join(feature.names)}, "
+                f"those of the training data {', '.join(names)}; pass files of the same labels."
+            )
     if args.max_train_samples is not None and args.max_train_samples < len(splits["training"]):
         splits["training"] = splits["training"].shuffle(seed=0).select(range(args.max_train_samples))
     checked = {name: _checked(name, split, columns, args.label_column, names) for name, split in splits.items()}
@@ -143,7 +151,9 @@ def _read(args: TrainArguments, option: str, path: str | Path, key: str | None =
                     f"text_column={column!r} holds {table[column][0]} in row 0 of {str(path)!r} and nothing but "
                     "numbers; pass the column of the texts."
                 )
-    return Dataset.from_pandas(table, preserve_index=False)
+    # Names of labels are kept in the schema, which pandas does not read.
+    features = Features.from_arrow_schema(read_schema(path)) if Path(path).suffix == ".parquet" else None
+    return Dataset.from_pandas(table, features=features, preserve_index=False)
 
 
 def _hub(args: TrainArguments, path: str, name: str, split: str) -> Dataset:
@@ -166,6 +176,12 @@ def _check_columns(split: str, data: Dataset, columns: tuple[str, str | None], l
         if column is not None and column not in data.column_names:
             raise InputError(
                 f"{option}={column!r} is not a column of the {split} data; pass one of {', '.join(data.column_names)}."
+            )
+    for row, label in enumerate(data[label_column]):
+        if label is None or label != label or label == "":  # NaN is how tables mark a missing number
+            raise InputError(
+                f"label_column={label_column!r} is blank in row {row} of the {split} data; fill it in or leave the "
+                "row out."
             )
     if label_column in columns:
         raise InputError(f"label_column={label_column!r} is a text column too; pass the column of the labels.")

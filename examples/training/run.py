@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import platform
 import shutil
 import time
@@ -153,6 +154,13 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
     model, tokenizer = build_model(args, text.labels)
     options = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DEFINING}
     options |= {"mixed_precision": accelerator.mixed_precision, "num_processes": accelerator.num_processes}
+    batches = -(-len(text.train) // (args.batch_size * accelerator.num_processes))
+    total = -(-batches // args.gradient_accumulation_steps) * args.epochs
+    if args.strategy != "none" and args.rose_warmup_steps >= total:
+        raise InputError(
+            f"rose_warmup_steps={args.rose_warmup_steps}: the run has {total} steps, so no mask would ever act; "
+            "lower it."
+        )
     _open_run(accelerator, folder, options, args)
 
     pad = DataCollatorWithPadding(tokenizer)
@@ -178,8 +186,6 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         name: accelerator.prepare(loader(tokenize(data, tokenizer, args.max_length)))
         for name, data in text.robust.items()
     }
-    steps_per_epoch = -(-len(train_loader) // args.gradient_accumulation_steps)
-    total = steps_per_epoch * args.epochs
     scheduler = get_scheduler(args.lr_scheduler, optimizer, round(args.warmup_ratio * total), total)
     progress = Progress()
     accelerator.register_for_checkpointing(scheduler, progress)
@@ -195,45 +201,50 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         # The same dropout whatever building the model has drawn, and another one on every process.
         set_seed(args.seed, device_specific=True)
     bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=args.strategy)
-    while progress.epoch < args.epochs:
-        sampler.epoch = progress.epoch
-        model.train()
-        batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
-        start = time.perf_counter()
-        for batch in batches:
-            with accelerator.accumulate(model):
-                loss = objective(model, batch, accelerator.backward)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.batch += 1
-            progress.loss_sum += loss.item()
-            if not accelerator.sync_gradients:
-                continue
-            if not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-            progress.step += 1
-            kept = {"kept": f"{selector.statistics().last_kept_share:.0%}"} if selector is not None else {}
-            bar.set_postfix(loss=f"{loss.item():.3f}", **kept)
-            bar.update()
-            if args.save_steps and progress.step % args.save_steps == 0:
-                progress.seconds += time.perf_counter() - start
-                _save(accelerator, checkpoints)
-                start = time.perf_counter()
-        progress.seconds += time.perf_counter() - start
-        figures = {"epoch": progress.epoch + 1, "step": progress.step, "loss": progress.loss_sum / progress.batch}
-        figures["clean"] = accuracy(model, clean_loader, accelerator)
-        figures["robust"] = {name: accuracy(model, one, accelerator) for name, one in robust_loaders.items()}
-        progress.history.append(figures)
-        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
-        # The checkpoint comes last: a run killed before it does this epoch again, and writes the same once more.
-        if progress.kept(args.keep) is figures:
-            with checkpoints.write_model(progress.epoch) as aside:
-                _save_model(accelerator, model, tokenizer, aside)
-        _save(accelerator, checkpoints)
-        checkpoints.forget_models(progress.kept(args.keep)["epoch"])
-    bar.close()
+    with bar:  # closed whatever happens, so that a message stands on a line of its own
+        while progress.epoch < args.epochs:
+            sampler.epoch = progress.epoch
+            model.train()
+            batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
+            start = time.perf_counter()
+            for batch in batches:
+                with accelerator.accumulate(model):
+                    loss = objective(model, batch, accelerator.backward)
+                    if accelerator.sync_gradients and args.max_grad_norm > 0:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                progress.batch += 1
+                progress.loss_sum += loss.item()
+                if not accelerator.sync_gradients:
+                    continue
+                if not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                progress.step += 1
+                kept = {"kept": f"{selector.statistics().last_kept_share:.0%}"} if selector is not None else {}
+                bar.set_postfix(loss=f"{loss.item():.3f}", **kept)
+                bar.update()
+                if args.save_steps and progress.step % args.save_steps == 0:
+                    progress.seconds += time.perf_counter() - start
+                    _save(accelerator, checkpoints)
+                    start = time.perf_counter()
+            progress.seconds += time.perf_counter() - start
+            if not math.isfinite(progress.loss_sum):
+                raise InputError(
+                    f"learning_rate={args.learning_rate}: the loss is no number any more after {progress.step} steps: "
+                    "training diverged; lower it, or raise --warmup_ratio."
+                )
+            figures = {"epoch": progress.epoch + 1, "step": progress.step, "loss": progress.loss_sum / progress.batch}
+            figures["clean"] = accuracy(model, clean_loader, accelerator)
+            figures["robust"] = {name: accuracy(model, one, accelerator) for name, one in robust_loaders.items()}
+            progress.history.append(figures)
+            progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+            # The checkpoint comes last: a run killed before it does this epoch again, and writes the same once more.
+            if progress.kept(args.keep) is figures:
+                with checkpoints.write_model(progress.epoch) as aside:
+                    _save_model(accelerator, model, tokenizer, aside)
+            _save(accelerator, checkpoints)
+            checkpoints.forget_models(progress.kept(args.keep)["epoch"])
 
     results = {
         "schema_version": SCHEMA_VERSION,

@@ -119,11 +119,12 @@ class Examples:
         for position, text in enumerate(self.texts):
             if len(text) != len(self.columns) or not all(isinstance(part, str) for part in text):
                 raise DataError(f"{self.name}: example {position} is {text!r}, not texts for {self.columns}.")
-        unlabelled = sum(label < 0 for label in self.labels)
+        unlabelled = [row for row, label in enumerate(self.labels) if label < 0]
         if unlabelled:
             raise DataError(
-                f"{self.name}: {unlabelled} of {len(self.labels)} examples have no label (a negative number); "
-                "use a labelled split, such as validation."
+                f"{self.name}: {len(unlabelled)} of {len(self.labels)} examples have no label (blank, or a negative "
+                f"number), the first in row {unlabelled[0]}; use a labelled split, such as validation, or "
+                "leave them out."
             )
         if self.label_names is not None and max(self.labels) >= len(self.label_names):
             raise DataError(f"{self.name}: label {max(self.labels)} has no name among {self.label_names}.")

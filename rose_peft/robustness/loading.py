@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from .errors import LabelMismatchError, ModelError, RobustnessError, first_line
 from .seeding import generators_kept
 
+logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -96,6 +98,8 @@ def _load_model(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
     has_head = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     # Another number of classes than the head's would not load, with a trace and no word about the data.
     options = {} if has_head else {"num_labels": num_labels}
+    if not has_head:
+        logger.warning("model=%r has no classification head: a random one is evaluated, as good as guessing.", name)
     return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **options)
 
 

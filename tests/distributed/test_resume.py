@@ -27,7 +27,9 @@ def run(ranks: int, command: list[str], log: Path, **environment: str) -> None:
 def checkpoints(folder: Path) -> set[tuple[str, int]]:
     """Complete and incomplete checkpoints under their final name; a replaced one counts anew."""
     try:
-        return {(path.name, path.stat().st_ino) for path in folder.glob("checkpoint*") if path.suffix != ".partial"}
+        return {
+            (path.name, path.stat().st_ino) for path in folder.rglob("checkpoint*/*") if ".partial" not in str(path)
+        }
     except FileNotFoundError:  # replaced just now
         return checkpoints(folder)
 

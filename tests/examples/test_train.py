@@ -41,6 +41,7 @@ def test_every_way_trains_and_leaves_a_model_that_loads(
     assert train.main(options(inputs, output, "--strategy", strategy, "--adapter", adapter)) == 0
     table = capsys.readouterr().out
     assert "AdvGLUE" in table and strategy in table
+    assert "1.0x" not in table  # a run alone has nothing to be compared with
     results = json.loads((output / "results.json").read_text())
     assert results["schema_version"] == run.SCHEMA_VERSION
     assert results["method"] == strategy and results["seed"] == 0 and results["steps"] == 12
@@ -148,7 +149,7 @@ def test_baselines_train_and_resume_to_the_last_bit(
 def test_switched_off_means_plain_weights(inputs: dict[str, str], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main(options(inputs, one, "--strategy", "none")) == 0
-    assert train.main(options(inputs, two, "--strategy", "none", "--gamma", "0.1")) == 0
+    assert train.main(options(inputs, two, "--strategy", "none", "--keep", "last")) == 0
     assert_same_run(one, two)
 
 
@@ -264,7 +265,6 @@ def test_a_truncated_checkpoint_is_named(
 
 
 BAD = [
-    (("--strategy", "third_order"), "strategy='third_order' is unknown"),
     (("--upper_quantile", "70"), "upper_quantile=70.0 is not a number in [0, 1]"),
     (("--lower_quantile", "0.8"), "lower_quantile=0.8 must be below upper_quantile=0.7"),
     (("--gamma", "1.5"), "gamma=1.5"),
@@ -281,11 +281,18 @@ BAD = [
     (("--label_column", "stars"), "label_column='stars' is not a column"),
     (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
-    (("--mixed_precision", "int3"), "mixed_precision='int3'"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
-    (("--lr_scheduler", "wavy"), "lr_scheduler='wavy' is unknown"),
-    (("--keep", "worst"), "keep='worst' is unknown"),
-    (("--objective", "sam"), "objective='sam' is unknown"),
+    (("--learning_rate", "1e9"), "learning_rate=1000000000.0 must be above 0 and at most 1"),
+    (("--rose_warmup_steps", "12"), "rose_warmup_steps=12: the run has 12 steps, so no mask would ever act"),
+    (("--seed", "-1"), "seed=-1 must be in [0, 2**32)"),
+    (("--fgm_epsilon", "0.5"), "fgm_epsilon=0.5 has no effect without --objective fgm"),
+    (("--r_drop_alpha", "2"), "r_drop_alpha=2.0 has no effect without --objective r_drop"),
+    (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect without --strategy ensemble"),
+    (("--strategy", "none", "--upper_quantile", "0.5"), "upper_quantile=0.5 has no effect without a strategy of ROSE"),
+    (("--strategy", "none", "--dropout", "0.2"), "dropout=0.2 has no effect without a strategy of ROSE"),
+    (("--robust_files", "x.csv"), "robust_files='x.csv': write name=path"),
+    (("--robust_files", "AdvGLUE=x.csv"), "robust_files='AdvGLUE' is taken"),
+    (("--robust_files", "x=no.csv"), "no.csv: no such file"),
     (("--variant", "random"), "variant='random' does not go with strategy='ensemble'"),
     (("--fgm_epsilon", "0"), "fgm_epsilon=0.0 must be above 0"),
     (("--learning_rate", "nan"), "learning_rate=nan must be above 0"),
@@ -322,6 +329,7 @@ def test_bad_input_ends_in_one_line(
         ("sentence,label\ngood,0\nbad,0\n", "single label"),
         ("sentence,label\ngood,-1\nbad,0\n", "labels are integers from 0"),
         ("sentence,label\ngood,0.5\nbad,0\n", "labels are integers from 0"),
+        ("sentence,label\ngood,1\nbad,0\nodd,\n", "label_column='label' is blank in row 2 of the training data"),
     ],
 )
 def test_bad_rows_are_named(
@@ -446,6 +454,12 @@ def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) ->
         (("--epoch", "3"), "'--epoch' is no option, did you mean --epochs?"),
         (("--lr", "0.1"), "'--lr' is no option"),
         (("--epochs", "three"), "argument --epochs: invalid int value"),
+        (("--strategy", "third_order"), "argument --strategy: invalid choice: 'third_order' (choose from"),
+        (("--mixed_precision", "int3"), "invalid choice: 'int3' (choose from"),
+        (("--lr_scheduler", "wavy"), "invalid choice: 'wavy' (choose from"),
+        (("--keep", "worst"), "argument --keep: invalid choice: 'worst'"),
+        (("--objective", "sam"), "argument --objective: invalid choice: 'sam'"),
+        (("--variant", "row_wise"), "argument --variant: invalid choice: 'row_wise'"),
     ],
 )
 def test_an_unknown_option_is_named(
@@ -624,3 +638,90 @@ def test_accelerate_reads_the_config(path: Path) -> None:
     assert path.read_text().startswith("# "), "says when to take it"
     config = load_config_from_file(str(path))
     assert config.mixed_precision == {"single_gpu_fp16": "fp16", "cpu": "no", "multi_cpu": "no"}.get(path.stem, "bf16")
+
+
+def test_robust_files_are_measured_by_name(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = (
+        "--robust_files",
+        f"again={inputs['data']}/adv_glue/adv_sst2/validation.parquet",
+        "clean=glue/sst2/validation.parquet",
+    )
+    assert train.main(options(inputs, tmp_path / "run", "--strategy", "none", *files)) == 0
+    best = json.loads((tmp_path / "run" / "results.json").read_text())["best"]
+    assert best["robust"]["again"] == best["robust"]["AdvGLUE"] and best["robust"]["clean"] == best["clean"]
+    head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("strategy"))
+    assert [word for word in head.split() if word in ("AdvGLUE", "again", "clean")][1:] == [
+        "AdvGLUE",
+        "again",
+        "clean",
+    ]
+
+
+def test_a_diverged_run_says_so(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def diverge(model: torch.nn.Module, batch: Any, backward: Any) -> torch.Tensor:
+        loss = model(**batch).loss * float("nan")
+        backward(loss)
+        return loss.detach()
+
+    monkeypatch.setattr(run, "make_objective", lambda args: diverge)
+    assert train.main(options(inputs, tmp_path / "run", "--strategy", "none")) == 2
+    assert (
+        "learning_rate=0.001: the loss is no number any more after 6 steps: training diverged"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_named_first(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run"):
+        assert train.main(options(inputs, tmp_path / place)) == 2
+        assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "_save", full)
+    assert train.main(options(inputs, tmp_path / "run")) == 2
+    (line,) = (text for text in capsys.readouterr().err.splitlines() if text.startswith("error:"))
+    assert line.endswith("the disk is full; make room and continue with --resume.")
+
+
+def test_labels_of_other_names_or_another_encoding_are_refused(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def write(name: str, labels: list[str]) -> str:
+        features = Features({"sentence": Value("string"), "label": ClassLabel(names=labels)})
+        Dataset.from_dict({"sentence": ["good", "bad"], "label": [1, 0]}, features=features).to_parquet(
+            tmp_path / name
+        )
+        return str(tmp_path / name)
+
+    files = (
+        "--train_file",
+        write("a.parquet", ["bad", "good"]),
+        "--validation_file",
+        write("b.parquet", ["good", "bad"]),
+    )
+    assert train.main(options(inputs, tmp_path / "run", *files)) == 2
+    assert (
+        "the labels of the validation data are good, bad, those of the training data bad, good"
+        in capsys.readouterr().err
+    )
+    text = data.load_text(TrainArguments(train_file=files[1], validation_file=files[1], text_column="sentence"))
+    assert text.labels == ["bad", "good"]
+    (tmp_path / "latin.csv").write_bytes("sentence,label\ncaf\xe9,1\nbad,0\n".encode("latin-1"))
+    latin = ("--train_file", str(tmp_path / "latin.csv"), "--validation_file", str(tmp_path / "latin.csv"))
+    assert train.main(options(inputs, tmp_path / "run", *latin)) == 2
+    assert "latin.csv: is not in UTF-8" in capsys.readouterr().err

@@ -233,3 +233,20 @@ def test_what_cannot_work_is_one_line_before_anything_long_runs(
         assert main([name, *command]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: ") and message in line
+
+
+def test_a_random_head_is_named(model: Path, sst2: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = json.loads((model / "config.json").read_text())
+    command = ["noise", "--model", str(model), "--task", "sst2", "--data_dir", str(sst2), "--kinds", "typos"]
+    command += ["--rates", "0.5", "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0 and "random" not in caplog.text
+    (model / "config.json").write_text(json.dumps({**content, "architectures": ["BertModel"]}))
+    assert main(command) == 0
+    assert f"model='{model}' has no classification head: a random one is evaluated" in caplog.text
+
+
+def test_a_blank_label_is_named_with_its_row(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "blank.csv").write_text("text,label\ngood,1\nbad,0\nodd,\n")
+    command = ["noise", "--model", str(model), "--data_file", str(tmp_path / "blank.csv"), "--text_columns", "text"]
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 2
+    assert "1 of 3 examples have no label (blank, or a negative number), the first in row 2" in capsys.readouterr().err
