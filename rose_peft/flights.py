@@ -11,6 +11,7 @@ from .decision import Decision
 from .engines.seam import Turn
 from .norms import IndexedTensors
 from .optimizers import owned_groups
+from .state import Record
 from .steered import Steered
 from .update import Masked, MaskedStep
 
@@ -27,6 +28,7 @@ class Flight:
         step: What acts on the call that runs now.
         turn: Which call that is.
         stepped: Whether the optimizer has taken it.
+        record: What is about to be written down of the first of the decisions.
     """
 
     optimizer: weakref.ref[Optimizer]
@@ -36,6 +38,7 @@ class Flight:
     step: MaskedStep | None = None
     turn: Turn = field(default_factory=Turn)
     stepped: bool = False
+    record: Record | None = None
 
     def holds(self, parameters: set[int]) -> bool:
         """Whether the step is about any of these parameters.
@@ -54,8 +57,10 @@ class Flight:
         """
         moved = owned_groups(optimizer)
         masked = [item for item in self.masked if id(item.part.holder) in moved]
+        moving = [param for _, _, pairs in self.decisions for _, param in pairs if id(param) in moved]
         self.turn, self.stepped = turn, False
-        self.step = MaskedStep(optimizer, masked, self.loss_scale)
+        self.step = MaskedStep(optimizer)
+        self.step.begin(masked, moving, self.loss_scale)
 
     def land(self) -> None:
         """Finish the call, and record the step after the last; going on after an interruption does nothing twice."""
@@ -67,11 +72,13 @@ class Flight:
             return
         while self.decisions:
             steered, decision, parameters = self.decisions[0]
-            steered.state.record(decision)
-            self.decisions.pop(0)
+            if self.record is None:
+                self.record = steered.state.after(decision)
+            steered.state.put(self.record)
             steered.window.forget()
             steered.drop_plan()
             steered.watchdog.stepped(parameters)
+            self.decisions, self.record = self.decisions[1:], None
 
 
 class Flights:
@@ -88,8 +95,13 @@ class Flights:
             optimizer: Whose.
             turn: Which of its calls begins.
         """
-        flight.begin(optimizer, turn)
+        # Known before anything is changed, so that whatever interrupts can be undone.
         self._flights[id(optimizer)] = flight
+        try:
+            flight.begin(optimizer, turn)
+        except BaseException:
+            self.settle(optimizer)
+            raise
 
     def go_on(self, optimizer: Optimizer, turn: Turn) -> None:
         """Let the masks act on a further call of a step, if it is one of ours.
@@ -130,10 +142,10 @@ class Flights:
         for identity, flight in list(self._flights.items()):
             if optimizer is not None and identity != id(optimizer):
                 continue
-            if flight.stepped:
+            if flight.stepped or (flight.step is not None and flight.turn.last and flight.step.taken()):
                 flight.land()
             elif flight.step is not None:
-                flight.step.give_back()
+                flight.step.undo()
             self._flights.pop(identity, None)
 
     def around(self, parameters: set[int]) -> Optimizer | None:

@@ -85,34 +85,45 @@ class _Saved:
 
 class MaskedStep:
     """
-    One optimizer step under a mask, from its construction before the step to `finish` after it.
+    One optimizer step under a mask: `begin` before it, `finish` after it, `undo` where it was not taken.
 
     Args:
         optimizer: The optimizer that is about to step.
-        masked: The parameters whose update is held back, wholly or in part.
-        loss_scale: Scale that the gradients still carry.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masked: Sequence[Masked], loss_scale: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._loss_scale = loss_scale
+        self._loss_scale = 1.0
         self._blended: list[_Blended] = []
         self._saved: list[_Saved] = []
-        self._left_out: list[Masked] = []
-        native = [item for item in masked if _is_native(optimizer, item)]
+        self._ageing: list[_Ageing] = []
+        self._watched: list[tuple[Tensor, int]] = []
+
+    def begin(self, masked: Sequence[Masked], moving: Sequence[Tensor], loss_scale: float) -> None:
+        """Let the masks act on the gradients, and remember what has to be put right afterwards.
+
+        Args:
+            masked: The parameters whose update is held back, wholly or in part.
+            moving: What the optimizer moves, by which it is told whether it has.
+            loss_scale: Scale that the gradients still carry.
+        """
+        self._loss_scale = loss_scale
+        native = [item for item in masked if _is_native(self._optimizer, item)]
         # Pieces have their holder in common; they are never native.
         known = {id(item.part.holder) for item in native}
-        try:
-            for item in masked:
-                if id(item.part.holder) not in known:
-                    self._saved.append(self._save(item))
-            self._left_out = [item for item in native if item.share == 0]
-            self._blend([item for item in masked if item.share > 0 or id(item.part.holder) not in known])
-            if native:
-                split_groups(optimizer, {id(item.part.holder): item.share for item in native})
-        except BaseException:
-            self.give_back()
-            raise
+        left_out = {id(item.part.holder) for item in native if item.share == 0}
+        self._watched = [(tensor, tensor._version) for tensor in moving if id(tensor) not in left_out]
+        for item in masked:
+            if id(item.part.holder) not in known:
+                self._saved.append(self._save(item))
+        self._ageing = _ageing(self._optimizer, [item for item in native if item.share == 0])
+        self._blend([item for item in masked if item.share > 0 or id(item.part.holder) not in known])
+        if native:
+            split_groups(self._optimizer, {id(item.part.holder): item.share for item in native})
+
+    def taken(self) -> bool:
+        """Whether the optimizer has moved everything that it moves, going by what was written to."""
+        return bool(self._watched) and all(tensor._version != version for tensor, version in self._watched)
 
     def _save(self, item: Masked) -> _Saved:
         state = self._optimizer.state.get(item.part.holder, {})
@@ -164,9 +175,8 @@ class MaskedStep:
         Repeating it after an interruption does no harm: each part knows whether it is done.
         """
         restore_groups(self._optimizer)
-        while self._left_out:
-            _age_second_moments(self._optimizer, self._left_out)
-            self._left_out = []
+        _age(self._ageing)
+        self._ageing = []
         while self._saved:
             self._put_right(self._saved[-1])
             self._saved.pop()
@@ -211,8 +221,17 @@ class MaskedStep:
             if isinstance(value, Tensor) and key != "step":
                 self._of(value, part).zero_()
 
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give gradients and groups back, and put frozen units back where the optimizer raised in the middle."""
+        moved = {id(tensor) for tensor, version in self._watched if tensor._version != version}
+        for saved in self._saved:
+            if saved.masked.share == 0 and id(saved.masked.part.holder) in moved:
+                self._put_right(saved)
+        self.give_back()
+
     def give_back(self) -> None:
-        """Give gradients and groups back without touching weights, as when the step itself raised.
+        """Give gradients and groups back without touching weights.
 
         A gradient that is no longer the blended one (the user has computed new ones since) is left alone.
         """
@@ -222,7 +241,8 @@ class MaskedStep:
                 item.holder.grad = item.grad
         self._blended = []
         self._saved = []
-        self._left_out = []
+        self._ageing = []
+        self._watched = []
 
 
 def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:
@@ -239,20 +259,46 @@ def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:
     return known and not group.get("amsgrad") and (decoupled or group["weight_decay"] == 0)
 
 
-def _age_second_moments(optimizer: torch.optim.Optimizer, items: Iterable[Masked]) -> None:
+@dataclass(frozen=True)
+class _Ageing:
+    """The second moment of a frozen unit, and the versions before it ages: whatever is done already shows in them."""
+
+    beta: float
+    momentum: Tensor
+    square: Tensor
+    square_version: int
+    step: Tensor
+    step_version: int
+
+
+def _ageing(optimizer: torch.optim.Optimizer, items: Iterable[Masked]) -> list[_Ageing]:
+    found = []
+    for item in items:
+        state = optimizer.state[item.part.holder]
+        square, step = local_part(state["exp_avg_sq"]), state["step"]
+        beta = float(item.group["betas"][1])
+        momentum = local_part(state["exp_avg"])
+        found.append(_Ageing(beta, momentum, square, square._version, step, step._version))
+    return found
+
+
+def _age(items: Sequence[_Ageing]) -> None:
     """Let the second moments of frozen units drift to the squared momentum, as published, and their steps count.
 
     v <- beta2 v + (1 - beta2) m^2: what a step with the stationary gradient m does (section 3.3 of the reference).
     """
-    by_beta: dict[float, list[dict[str, Tensor]]] = defaultdict(list)
-    for item in items:
-        by_beta[float(item.group["betas"][1])].append(optimizer.state[item.part.holder])
-    for beta, states in by_beta.items():
-        momenta = [local_part(state["exp_avg"]) for state in states]
-        squares = [local_part(state["exp_avg_sq"]) for state in states]
-        torch._foreach_mul_(squares, beta)
-        torch._foreach_addcmul_(squares, momenta, momenta, value=1 - beta)
-        torch._foreach_add_([state["step"] for state in states], 1)
+    for beta in {item.beta for item in items}:
+        alike = [item for item in items if item.beta == beta]
+        fresh = [item.square for item in alike if item.square._version == item.square_version]
+        if fresh:
+            torch._foreach_mul_(fresh, beta)
+        scaled = [item for item in alike if item.square._version == item.square_version + 1]
+        if scaled:
+            momenta = [item.momentum for item in scaled]
+            torch._foreach_addcmul_([item.square for item in scaled], momenta, momenta, value=1 - beta)
+    steps = [item.step for item in items if item.step._version == item.step_version]
+    if steps:
+        torch._foreach_add_(steps, 1)
 
 
 # Where the weights themselves live in an optimizer that keeps them in a wider dtype.
