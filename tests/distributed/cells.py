@@ -38,7 +38,7 @@ class Cell:
     @property
     def ranks(self) -> int:
         """Number of processes."""
-        return 1 if self.engine in ("one", "data_parallel", "deepspeed") else 2
+        return 1 if self.engine in ("one", "data_parallel") else 2
 
     @property
     def reference(self) -> str:
@@ -65,7 +65,6 @@ def _refused() -> list[Cell]:
             Cell("data_parallel", "plain", "float32", strategy, "one process per GPU"),
             Cell("fsdp1", "plain", "float32", strategy, "Use FSDP2"),
             Cell("fsdp1", "accelerate", "float32", strategy, "Use FSDP2"),
-            Cell("deepspeed", "accelerate", "float32", strategy, "Use DDP or FSDP2"),
         ]
     return cells
 

@@ -1,12 +1,19 @@
-"""Prints the table of what works at the end of the tests."""
+"""Prints the table of what works at the end of the tests, and prepares DeepSpeed."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.cells import PRECISIONS, STRATEGIES, Cell
+from tests.distributed.processes import ROOT
 from tests.helpers.task import tiny_task
 
 _OUTCOMES = pytest.StashKey[dict[Cell, tuple[str, str]]]()
@@ -28,6 +35,37 @@ def record_outcome(request: pytest.FixtureRequest) -> Record:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of a tiny model and of data for it, see `tiny_task`."""
     return tiny_task(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def deepspeed_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables for processes that use DeepSpeed on CPUs, with the extension for it compiled.
+
+    In a folder of its own: a compilation that is killed leaves a lock behind for which every later start waits.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'rose-peft[deepspeed]'")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
+    if missing:
+        pytest.skip(f"DeepSpeed compiles an extension at its first start on a CPU, and {missing[0]} is not there")
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ROSE_CHECK_RANKS": "1",
+    }
+    build = (
+        "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
+    )
+    done = subprocess.run([sys.executable, "-c", build], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return environment
 
 
 def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
