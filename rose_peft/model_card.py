@@ -97,7 +97,7 @@ def write_cards_with_peft() -> None:
     """
     theirs = PeftModel.create_or_update_model_card
     if not hasattr(theirs, _PATCHED):
-        PeftModel.create_or_update_model_card = _with_rose(theirs)
+        PeftModel.create_or_update_model_card = _with_rose(theirs)  # type: ignore[method-assign, assignment]
 
 
 def _with_rose(theirs: Callable[[PeftModel, str], None]) -> Callable[[PeftModel, str], None]:
@@ -206,8 +206,9 @@ def _section(config: ROSEConfig, kind: str | None, figures: str) -> str:
         loading = _LOADING_ROSE if kind == "ROSE" else _LOADING_PLAIN_ADAPTER.format(kind=kind)
     return (
         "## Trained with ROSE\n\n"
-        "ROSE (robust selective fine-tuning, EMNLP 2022) holds back, at every step, the updates of weights that react "
-        f"strongly to dropout or to the new batch. rose-peft {__version__} trained with {settings}.\n\n"
+        "ROSE (robust selective fine-tuning, EMNLP 2022) held back, at every step, updates of weights that reacted "
+        "strongly to dropout, or whose new gradient departed from the momentum. "
+        f"rose-peft {__version__} trained with {settings}.\n\n"
         f"{figures}{loading}"
     )
 
