@@ -71,7 +71,7 @@ def picture() -> str:
         text(395, 262, "masks mixed (ensemble, gamma 0.5)", 15, weight="bold"),
         arrow(387, 230, 387, 246),
         *cells(310, 274, mixed),
-        arrow(480, 285, 640, 285),
+        arrow(480, 285, 618, 285),
         text(760, 262, "optimizer.step()", 15, weight="bold"),
         text(650, 284, "1: the optimizer's own step", 12, "start"),
         text(650, 302, "0.5: half the gradient, half the move", 12, "start"),
@@ -79,7 +79,7 @@ def picture() -> str:
         box(632, 273, 12, 12, FULL),
         box(632, 291, 12, 12, PART),
         box(632, 309, 12, 12, FROZEN),
-        text(310, 325, "a unit: one weight tensor, or the adapter tensors of one module", 11, "start"),
+        text(310, 335, "a unit: one weight tensor, or the adapter tensors of one module", 11, "start"),
     ]
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 345" width="920" font-family="sans-serif" role="img">'
