@@ -82,7 +82,8 @@ def picture() -> str:
         text(310, 335, "a unit: one weight tensor, or the adapter tensors of one module", 11, "start"),
     ]
     head = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 345" width="920" font-family="sans-serif" role="img">'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 345" width="920" '
+        'font-family="sans-serif" role="img">'
         "<title>One step under ROSE</title>"
         f'<rect width="920" height="345" fill="#ffffff"/>'
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'

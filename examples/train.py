@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from arguments import InputError, Parser, TrainArguments
-from checkpoint import NOTE
-from data import TextData, load_text
 from datasets import disable_progress_bars
-from run import train
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, it sees only its own folder
+
+from examples.training.arguments import InputError, Parser, TrainArguments
+from examples.training.checkpoint import NOTE, check_writable, is_full_disk
+from examples.training.data import TextData, load_text
+from examples.training.run import train
 from rose_peft import RoseError
+from rose_peft.robustness import RobustnessError
 
 
 def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
@@ -42,20 +45,25 @@ def demo(args: TrainArguments, text: TextData) -> list[dict[str, Any]]:
     return results
 
 
-def table(results: list[dict[str, Any]], robust_name: str) -> str:
-    """Format runs side by side: clean and robust accuracy of the best epoch, and cost."""
+def table(results: list[dict[str, Any]]) -> str:
+    """Format runs side by side: clean and robust accuracies of the best epoch with their intervals, and cost."""
+    sets = list(results[0]["best"]["robust"])
     lines = [
-        f"{'strategy':14s} {'adapter':8s} {'clean':>8s} {robust_name:>9s} {'(95 %)':>16s} {'s/step':>8s} {'cost':>6s}"
+        f"{'strategy':14s} {'adapter':8s} {'clean':>8s}"
+        + "".join(f" {name:>9s} {'(95 %)':>16s}" for name in sets)
+        + f" {'s/step':>8s} {'cost':>6s}"
     ]
     for result in results:
-        clean, robust = result["best"]["clean"], result["best"].get("robust")
-        seconds = result["timing"]["seconds_per_step"]
-        share = f"{robust['accuracy']:.1%}" if robust else "-"
-        interval = f"{robust['low']:.1%} - {robust['high']:.1%}" if robust else ""
-        lines.append(
-            f"{result['method']:14s} {Path(result['adapter']).stem:8s} {clean['accuracy']:8.1%} {share:>9s} "
-            f"{interval:>16s} {seconds:8.3f} {seconds / results[0]['timing']['seconds_per_step']:5.1f}x"
-        )
+        best, seconds = result["best"], result["timing"]["seconds_per_step"]
+        cells = [f"{best['clean']['accuracy']:8.1%}"]
+        for name in sets:
+            robust = best["robust"][name]
+            interval = f"{robust['low']:.1%} - {robust['high']:.1%}"
+            cells.append(f"{robust['accuracy']:9.1%} {interval:>16s}")
+        # A run alone has nothing to be compared with.
+        cost = f"{seconds / results[0]['timing']['seconds_per_step']:5.1f}x" if len(results) > 1 else ""
+        cells.append(f"{seconds:8.3f} {cost:>6s}")
+        lines.append(f"{result['method']:14s} {Path(result['adapter']).stem:8s} " + " ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -69,6 +77,13 @@ def join_processes() -> PartialState:
     return PartialState(cpu=on_cpu)
 
 
+def fail(state: PartialState, message: str) -> int:
+    """Print an error as one line, on one process, and return the exit code for it."""
+    if state.is_local_main_process:
+        print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, or 2 after one line that says what to change."""
     args = Parser().parse(argv)
@@ -77,15 +92,19 @@ def main(argv: list[str] | None = None) -> int:
     state = join_processes()
     try:
         args.check()
+        args.refuse_without_effect(args.given())
+        check_writable(Path(args.output_dir))
         with state.main_process_first():  # the others find the data in the cache
             text = load_text(args)
         results = demo(args, text) if args.is_demo else [train(args, text)]
-    except (InputError, RoseError) as error:
-        if state.is_local_main_process:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (InputError, RoseError, RobustnessError) as error:
+        return fail(state, str(error))
+    except Exception as error:  # safetensors and torch have their own errors for a full disk
+        if not is_full_disk(error):
+            raise
+        return fail(state, f"output_dir={args.output_dir!r}: the disk is full; make room and continue with --resume.")
     if state.is_main_process:
-        print(f"\n{table(results, text.robust_name)}")
+        print(f"\n{table(results)}")
         print(f"\nmodels, results.json and masks.png: {args.output_dir}")
     state.destroy_process_group()
     return 0

@@ -14,6 +14,7 @@ from .errors import RoseConfigError
 
 STRATEGIES = ("first_order", "second_order", "ensemble")
 RISK_PASSES = ("paired", "sampled")
+ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
 RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
@@ -40,6 +41,9 @@ class ROSEConfig(PeftConfig):
         risk_interval: Sampled: number of optimizer steps from one risk pass to the next.
         risk_fraction: Sampled: share of the batch's rows in a risk pass, in (0, 1].
         risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
+        skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
+            frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
+            their second moments and step counts rest instead of going on.
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
             while ROSE is attached, and applied to the inputs of the target modules where the model has none.
         head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
@@ -49,6 +53,9 @@ class ROSEConfig(PeftConfig):
             regular expression train those modules only, and their weights are units.
         exclude_modules: Names or a regular expression of modules that stay frozen.
         modules_to_save: Further modules that are trained, unmasked, and saved with the adapter.
+        original_weights: Full fine-tuning: what becomes of the weights as they were before the training, while copies
+            of them train: "keep" (twice the memory for weights), "cpu" (they come back while the adapter is disabled)
+            or "drop" (disabling, unloading without merging and further adapters are errors).
         base_config: The config of the PEFT method that ROSE steers, such as `LoraConfig(r=8)`.
 
     Raises:
@@ -89,6 +96,12 @@ class ROSEConfig(PeftConfig):
         default=RISK_SMOOTHING,
         metadata={"help": "Sampled: weight of the past in the average of squared norms, in [0, 1)."},
     )
+    skip_frozen_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "With strategy='first_order' and risk_pass='sampled': build no gradients of units that are frozen."
+        },
+    )
     dropout: float | None = field(
         default=None,
         metadata={
@@ -116,6 +129,15 @@ class ROSEConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained, unmasked, and saved with the adapter."}
+    )
+    original_weights: Literal["keep", "cpu", "drop"] = field(
+        default="keep",
+        metadata={
+            "help": (
+                "Full fine-tuning: 'keep' the original weights beside the copies that train, move them to the 'cpu', "
+                "or 'drop' them."
+            )
+        },
     )
     base_config: PeftConfig | None = field(
         default=None, metadata={"help": "Config of the PEFT method that ROSE steers; None for full fine-tuning."}
@@ -192,6 +214,15 @@ class ROSEConfig(PeftConfig):
                 f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
             )
         self._check_risk_pass()
+        if self.original_weights not in ORIGINAL_WEIGHTS:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} is unknown; choose one of {', '.join(ORIGINAL_WEIGHTS)}."
+            )
+        if self.original_weights != "keep" and self.base_config is not None:
+            raise RoseConfigError(
+                f"original_weights={self.original_weights!r} has no effect beside a base_config, whose adapter needs "
+                "the original weights; leave it out."
+            )
         if self.dropout is not None and (not isinstance(self.dropout, (int, float)) or not 0 < self.dropout < 1):
             raise RoseConfigError(
                 f"dropout={self.dropout!r} is not a probability in (0, 1); pass one, or None for the model's own."
@@ -226,6 +257,12 @@ class ROSEConfig(PeftConfig):
                     f"{name}={getattr(self, name)!r} has no effect with risk_pass='paired'; leave it out, or set "
                     "risk_pass='sampled'."
                 )
+        if self.skip_frozen_gradients and (self.risk_pass != "sampled" or self.strategy != "first_order"):
+            raise RoseConfigError(
+                "skip_frozen_gradients=True needs masks that are known before the gradients: set "
+                f"strategy='first_order' and risk_pass='sampled' (here {self.strategy!r} and {self.risk_pass!r}), or "
+                "leave it out."
+            )
         if self.risk_pass == "sampled" and not self.needs_risk_pass:
             raise RoseConfigError(
                 "risk_pass='sampled' has no effect with strategy='second_order', which looks at no divergence; leave "

@@ -73,6 +73,7 @@ class Gathered:
         ungraded: Units without a gradient in this step, bool [U].
         last_first_mask: First-order mask of the last step, float32 [U].
         average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
+        planned: The first-order ranking that was made before the step, or None.
     """
 
     facts: Facts
@@ -82,6 +83,7 @@ class Gathered:
     ungraded: Tensor
     last_first_mask: Tensor
     average: Tensor | None = None
+    planned: Ranking | None = None
 
 
 def smooth(average: Tensor, mean: Tensor, smoothing: float) -> Tensor:
@@ -119,7 +121,9 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
     band = config.lower_quantile, config.upper_quantile
     first_mask = second_mask = first = second = None
     if config.needs_risk_pass:
-        if facts.risk is not None:
+        if gathered.planned is not None:
+            first = gathered.planned
+        elif facts.risk is not None:
             values, unranked = scores.first_order.score(gathered.first_norms, facts)
             first = masks.rank(values, unranked | gathered.ungraded, *band)
         # Without a finite pass the last mask stays.

@@ -67,12 +67,6 @@ class Processes:
             )
 
     @property
-    def rank(self) -> int:
-        """Number of this process among those that train the model."""
-        groups = self.groups
-        return dist.get_rank() if groups else 0
-
-    @property
     def groups(self) -> list[dist.ProcessGroup]:
         """The process groups over which sums run, one after the other; none for a single process."""
         groups = [self._given] if self._given is not None else self._found

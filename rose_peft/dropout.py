@@ -1,28 +1,39 @@
-"""Dropout for the training passes: set on the modules that are there, applied at the targets where there are none."""
+"""Dropout for the training passes: set wherever a model has a probability, applied at the targets where none acts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+# Numbers that modules keep for their own calls of `F.dropout`; not `layerdrop`, which leaves out whole layers.
+_NUMBERS = re.compile(r"(?:^|_)(?:dropout|pdrop)(?:_p|_prob|_rate|_ratio)?$")
 
 
 def dropout_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Find the dropout modules of a model, each with the name of the attribute that holds its probability."""
+    """Find what drops in a model: each module with the name of the attribute that holds its probability.
+
+    Args:
+        model: Any model. Dropout modules count, and modules that call `F.dropout` with a number of their own.
+    """
     found = []
     for module in model.modules():
-        if "drop" in type(module).__name__.lower():
-            for attribute in ("p", "drop_prob"):
-                if isinstance(getattr(module, attribute, None), float | int):
-                    found.append((module, attribute))
-                    break
+        is_dropout = "drop" in type(module).__name__.lower()
+        names = ("p", "drop_prob") if is_dropout else [name for name in vars(module) if _NUMBERS.search(name)]
+        held = [(module, name) for name in names if _is_probability(getattr(module, name, None))]
+        found.extend(held[:1] if is_dropout else held)
     return found
 
 
+def _is_probability(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def has_dropout_up_to(model: nn.Module, last: nn.Module) -> bool:
-    """Whether an active dropout module comes before a module in order of depth.
+    """Whether active dropout comes before or inside a module, in order of depth.
 
     Args:
         model: The model.
@@ -33,7 +44,7 @@ def has_dropout_up_to(model: nn.Module, last: nn.Module) -> bool:
         if id(module) in active:
             return True
         if module is last:
-            return False
+            return any(id(inner) in active for inner in last.modules())
     return False
 
 
@@ -43,7 +54,8 @@ class TrainingDropout:
     Args:
         model: Model to train.
         probability: Probability in (0, 1).
-        targets: Modules whose input gets the dropout if the model has no dropout module at all.
+        targets: Modules in order of depth. If no dropout comes up to the last of them (as when the only one is in the
+            head), the input of each is dropped; the output where the input are numbers of words.
     """
 
     def __init__(self, model: nn.Module, probability: float, targets: Iterable[nn.Module]) -> None:
@@ -51,15 +63,30 @@ class TrainingDropout:
         for module, attribute, _ in self._set:
             setattr(module, attribute, probability)
         self.probability = probability
-        self._handles = []
-        if not self._set:
-            unique = {id(module): module for module in targets}
-            self._handles = [module.register_forward_pre_hook(self._drop_input) for module in unique.values()]
+        self._handles: list[Any] = []
+        unique = list({id(module): module for module in targets}.values())
+        if unique and not has_dropout_up_to(model, unique[-1]):
+            for module in unique:
+                self._handles.append(module.register_forward_pre_hook(self._drop_input, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._drop_output, with_kwargs=True))
 
-    def _drop_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not module.training or not args:
+    def _drop_input(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not module.training:
             return None
-        return (F.dropout(args[0], self.probability, training=True), *args[1:])
+        if args and _is_float(args[0]):
+            return (F.dropout(args[0], self.probability), *args[1:]), kwargs
+        for name, value in kwargs.items() if not args else ():
+            if _is_float(value):
+                return args, {**kwargs, name: F.dropout(value, self.probability)}
+        return None
+
+    def _drop_output(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        dropped = any(_is_float(value) for value in (args[:1] if args else kwargs.values()))
+        if dropped or not module.training or not _is_float(output):
+            return None
+        return F.dropout(output, self.probability)
 
     def undo(self) -> None:
         """Put the model's own probabilities back."""
@@ -67,3 +94,7 @@ class TrainingDropout:
             setattr(module, attribute, probability)
         for handle in self._handles:
             handle.remove()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -45,6 +45,7 @@ class Flight:
             steered.state.record(decision)
             self.decisions.pop(0)
             steered.window.forget()
+            steered.drop_plan()
             steered.watchdog.stepped(parameters)
 
 

@@ -56,6 +56,9 @@ def gather(
         mean = averaged(average)
     ungraded = torch.ones(units, dtype=torch.bool)
     ungraded[[entry.index for entry in stepping]] = False
+    planned = steered.plan.ranking if steered.plan is not None else None
+    if planned is not None:
+        ungraded &= planned.mask > 0  # units that the plan froze have no gradient by our own doing
     facts = Facts(
         units=steered.state.units,
         sizes=steered.state.sizes.double(),
@@ -66,14 +69,14 @@ def gather(
         dtype=torch.float64 if stepping[0].param.dtype == torch.float64 else torch.float32,
     )
     last = steered.state.first_mask.clone()
-    return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average)
+    return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average, planned)
 
 
 def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> None:
     """Let the watchdog look at risk passes; near-equal outputs of a sampled one are looked at again in the next."""
     near = steered.config.risk_pass == "sampled" and not steered.confirm
     steered.watchdog.check_risk(dataclasses.replace(risk, equal=0.0) if near else risk)
-    steered.confirm = near and 0 < risk.equal == risk.passes
+    steered.confirm = 0 < risk.equal == risk.passes
     if not steered.window.is_empty:
         steered.watchdog.check_reached(steered.window.reached, stepping)
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
-from .optimizers import Group, owned_groups
+from .optimizers import Group, owned_groups, whole_groups
 from .state import STATE_KEY, SelectionState
 
 
@@ -40,7 +40,7 @@ class Homes:
         Args:
             optimizer: As made or as loaded.
         """
-        return any(STATE_KEY in group for group in optimizer.param_groups)
+        return any(STATE_KEY in group for group in whole_groups(optimizer))
 
     def adopt(
         self,
@@ -77,7 +77,7 @@ class Homes:
         Args:
             states: Those of the model.
         """
-        groups = [group for optimizer in list(self._optimizers) for group in optimizer.param_groups]
+        groups = [group for optimizer in list(self._optimizers) for group in whole_groups(optimizer)]
         for state in states:
             for group in groups:
                 state.leave(group)

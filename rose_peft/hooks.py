@@ -23,6 +23,9 @@ class StepObserver(Protocol):
     def after_step(self, optimizer: Optimizer) -> None:
         """Act before all other post-hooks of the step."""
 
+    def settle(self, optimizer: Optimizer) -> None:
+        """Put right what a step that raised has left, before its optimizer is saved or loaded."""
+
 
 # In order of their attachment, which is the same on all processes: observers may reduce over them.
 _observers: dict[int, weakref.ref[Any]] = {}
@@ -90,7 +93,9 @@ def _step_begins(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     after = optimizer.register_step_post_hook(_after_step)
     post_hooks: Any = optimizer._optimizer_step_post_hooks
     post_hooks.move_to_end(after.id, last=False)
-    _step_handles[optimizer] = [before, after]
+    saving = optimizer.register_state_dict_pre_hook(_settle)
+    loading = optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: _settle(optimizer))
+    _step_handles[optimizer] = [before, after, saving, loading]
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,6 +106,11 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in observers():
         observer.after_step(optimizer)
+
+
+def _settle(optimizer: Optimizer) -> None:
+    for observer in observers():
+        observer.settle(optimizer)
 
 
 def _step_ends(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

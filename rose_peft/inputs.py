@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,18 +58,15 @@ def tensors_inside(value: Any, _seen: set[int] | None = None) -> Iterator[Tensor
         yield from tensors_inside(child, seen)
 
 
-# What tells the number of rows, the most telling first.
-_ROWS_OF = (
-    "input_ids",
-    "inputs_embeds",
-    "pixel_values",
-    "input_values",
-    "input_features",
-    "decoder_input_ids",
-    "labels",
-)
+# What tells the number of rows where no result does, the most telling first.
+_ROWS_OF = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 # Arguments that have no row for each example and go with any number of them.
-_FOR_ALL = ("cache_position", "num_items_in_batch")
+_FOR_ALL = ("cache_position", "num_items_in_batch", "head_mask", "decoder_head_mask", "cross_attn_head_mask")
+# Masks that reach into a cache, and what has the length of the call itself.
+_REACHING = {
+    "attention_mask": ("input_ids", "inputs_embeds"),
+    "decoder_attention_mask": ("decoder_input_ids", "decoder_inputs_embeds", "labels"),
+}
 
 
 @dataclass(frozen=True)
@@ -102,16 +99,18 @@ def take_rows(args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, re
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments.
         fraction: Share of the rows, in (0, 1]; one row at least.
-        results: Number of rows of each result of the call.
+        results: Number of rows of each result of the call; without any the inputs tell.
     """
-    count = row_count(args, kwargs)
-    apart = all(_has_rows(value, count, name) for name, value in _named(args, kwargs)) if count else False
-    if count is None or not apart or any(rows != count for rows in results):
+    count = results[0] if results else row_count(args, kwargs)
+    parts = [_part_of(value, count, name) for name, value in _named(args, kwargs)] if count else []
+    apart = _PER_ROW in parts and None not in parts and all(rows == count for rows in results)
+    # A single row, such as a packed one, cannot be taken apart either; all of several rows are what was asked for.
+    if count is None or not apart or (count == 1 and fraction < 1):
         return Rows(args, kwargs, None)
     wanted = math.ceil(fraction * count)
-    if wanted >= count:
-        return Rows(args, kwargs, torch.arange(count))
     index = torch.arange(wanted) * count // wanted
+    if wanted == count:
+        return Rows(args, kwargs, index)
     taken = tuple(_take(value, index, count, None) for value in args)
     return Rows(taken, {name: _take(value, index, count, name) for name, value in kwargs.items()}, index)
 
@@ -131,21 +130,32 @@ def row_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def without_cache(kwargs: dict[str, Any], length: int | None) -> dict[str, Any]:
-    """Arguments for a call that neither uses nor advances the caches among them.
+def without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for a call that neither uses nor advances the caches among them.
+
+    Args:
+        args: Positional arguments of the forward call.
+        kwargs: Keyword arguments; masks that reach into the cache are cut to the tokens of the call itself.
+    """
+    if not has_cache(kwargs):
+        return kwargs
+    kept = {name: value for name, value in kwargs.items() if name not in (*CACHES, "cache_position")}
+    for name, sources in _REACHING.items():
+        mask = kept.get(name)
+        found = [kept.get(source) for source in sources] + (list(args[:1]) if name == "attention_mask" else [])
+        lengths = [ids.shape[1] for ids in found if isinstance(ids, Tensor) and ids.dim() > 1]
+        if isinstance(mask, Tensor) and lengths:
+            kept[name] = mask[..., -lengths[0] :]
+    return {**kept, "use_cache": False}
+
+
+def has_cache(kwargs: dict[str, Any]) -> bool:
+    """Whether a call was given a cache.
 
     Args:
         kwargs: Keyword arguments of the forward call.
-        length: Number of tokens of the call itself; masks that reach into the cache are cut to it.
     """
-    caches = [name for name in CACHES if kwargs.get(name) is not None]
-    if not caches:
-        return kwargs
-    kept = {name: value for name, value in kwargs.items() if name not in (*caches, "cache_position")}
-    mask = kept.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and length is not None:
-        kept["attention_mask"] = mask[:, -length:]
-    return {**kept, "use_cache": False}
+    return any(kwargs.get(name) is not None for name in CACHES)
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str | None, Any]]:
@@ -153,29 +163,40 @@ def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str 
     yield from kwargs.items()
 
 
-def _has_rows(value: Any, count: int, name: str | None) -> bool:
-    """Whether rows can be taken from every tensor inside an argument."""
+_PER_ROW, _FOR_ANY_ROWS = "per row", "for any rows"
+
+
+def _part_of(value: Any, count: int, name: str | None) -> str | None:
+    """Whether an argument has a part for each row or goes with any rows; None where rows cannot be taken from it."""
     if isinstance(value, Tensor):
-        return _is_for_all(value, name) or value.shape[0] == count
-    if type(value) in (list, tuple):
-        return all(_has_rows(item, count, name) for item in value)
-    if type(value) is dict:
-        return all(_has_rows(item, count, key) for key, item in value.items())
-    return not any(True for _ in tensors_inside(value))
-
-
-def _is_for_all(tensor: Tensor, name: str | None) -> bool:
-    # Positions may be given once for all rows.
-    return tensor.dim() == 0 or name in _FOR_ALL or (name == "position_ids" and tensor.shape[0] == 1)
+        if value.dim() == 0 or name in _FOR_ALL or (name == "position_ids" and value.shape[0] == 1 != count):
+            return _FOR_ANY_ROWS
+        # Positions in time, height and width [3, B, T] are no rows, whatever their number.
+        return _PER_ROW if value.shape[0] == count and not (name == "position_ids" and value.dim() > 2) else None
+    if isinstance(value, (list, tuple)):
+        parts = {_part_of(item, count, name) for item in value}
+        if len(value) == count:  # one item for each row; but where the items have rows too, nothing tells
+            return _PER_ROW if _PER_ROW not in parts or None in parts else None
+    elif isinstance(value, MutableMapping):
+        parts = {_part_of(item, count, str(key)) for key, item in value.items()}
+    else:
+        parts = {None} if any(True for _ in tensors_inside(value)) else set()
+    return None if None in parts else _PER_ROW if _PER_ROW in parts else _FOR_ANY_ROWS
 
 
 def _take(value: Any, index: Tensor, count: int, name: str | None) -> Any:
+    """The rows of an argument that has some."""
+    if _part_of(value, count, name) != _PER_ROW:
+        return value
     if isinstance(value, Tensor):
-        return value if _is_for_all(value, name) else value.index_select(0, index.to(value.device))
-    if type(value) in (list, tuple):
-        if len(value) == count and not any(True for _ in tensors_inside(value)):
-            return type(value)(value[row] for row in index.tolist())
-        return type(value)(_take(item, index, count, name) for item in value)
-    if type(value) is dict:
-        return {key: _take(item, index, count, key) for key, item in value.items()}
-    return value
+        return value.index_select(0, index.to(value.device))
+    if isinstance(value, MutableMapping):
+        taken = copy.copy(value)
+        for key, item in value.items():
+            taken[key] = _take(item, index, count, str(key))
+        return taken
+    if len(value) == count:
+        items = [value[row] for row in index.tolist()]
+    else:
+        items = [_take(item, index, count, name) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

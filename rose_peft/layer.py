@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -43,6 +43,10 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.frozen = tuple(frozen)
+        # Tied parameters stay tied when the originals are put away.
+        self.identities = {name: id(param) for name, param in base_layer.named_parameters(recurse=False)}
+        self._away: dict[str, Tensor | None] = {}
+        self._comes_back = False
         self.parameter_names = [name for name, _ in base_layer.named_parameters(recurse=False)]
         self.copies_module = not any(True for _ in base_layer.children())
         if self.copies_module:
@@ -56,7 +60,13 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
-        """Add a trainable copy of the base parameters under an adapter name."""
+        """Add a trainable copy of the base parameters under an adapter name.
+
+        Raises:
+            UnsupportedModelError: If the base parameters were dropped.
+        """
+        away = bool(self._away)
+        self._bring_back()
         source = {
             name: self._unmerged.get(name, getattr(param, _UNMERGED, param.detach())).clone()
             for name, param in self.base_layer.named_parameters(recurse=False)
@@ -67,6 +77,67 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             for name, value in source.items():
                 getattr(self, f"rose_{name}")[adapter_name] = nn.Parameter(value)
         self._keep_frozen()
+        if away:
+            self.put_away("cpu")
+
+    # The originals, which only disabling, unloading and further adapters ask for ------------------------------------
+
+    def put_away(self, how: Literal["cpu", "drop"]) -> None:
+        """Free the memory of the base parameters: copies train in their place.
+
+        Args:
+            how: "cpu" keeps them there until they are asked for, "drop" keeps nothing.
+        """
+        for name in self.parameter_names:
+            base = self.base_layer._parameters[name]
+            if base is not None:
+                self._away[name] = base.detach().cpu() if how == "cpu" else None
+                self.base_layer._parameters[name] = None
+
+    def _bring_back(self) -> None:
+        """Put the base parameters where they were.
+
+        Raises:
+            UnsupportedModelError: If they were dropped.
+        """
+        self.check_originals()
+        for name, value in self._away.items():
+            assert value is not None
+            slot = self.slots(name)[0] if self.slots(name) else None
+            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            value = value if copied is None else value.to(copied.device)
+            self.base_layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+        self._away.clear()
+
+    def check_originals(self) -> None:
+        """Refuse what needs base parameters that are gone.
+
+        Raises:
+            UnsupportedModelError: Naming the option.
+        """
+        if any(value is None for value in self._away.values()):
+            raise UnsupportedModelError(
+                f"original_weights='drop' has dropped the weights that {type(self.base_layer).__name__} had before "
+                "the training, and disabling, unloading or adding an adapter needs them. Train with "
+                "original_weights='cpu' or 'keep'; merge_and_unload() works as it is."
+            )
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the copies or the originals; originals that were put away come back for as long as they are used.
+
+        Args:
+            enabled: Whether the copies are used.
+
+        Raises:
+            UnsupportedModelError: If the originals were dropped.
+        """
+        if not enabled and self._away:
+            self._bring_back()
+            self._comes_back = True
+        super().enable_adapters(enabled)
+        if enabled and self._comes_back:
+            self._comes_back = False
+            self.put_away("cpu")
 
     def slots(self, parameter_name: str) -> list[tuple[nn.Module, str]]:
         """Where the copies of one parameter live, for every adapter."""
@@ -171,6 +242,11 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 setattr(base, _UNMERGED, base.data)
                 base.data = copied.detach().clone()
             self._unmerged[name] = getattr(base, _UNMERGED)
+        for name in self._away:
+            slot = self.slot(name, names[0])
+            trained = slot[0]._parameters[slot[1]] if slot is not None else None
+            if trained is not None:
+                self.base_layer._parameters[name] = trained
         if self.copies_module:
             buffers = self.base_layer._buffers
             self._unmerged_buffers = dict(buffers)
@@ -186,12 +262,20 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             base = self.base_layer._parameters[name]
             if base is not None:
                 base.data = value
+        for name in self._away:
+            self.base_layer._parameters[name] = None
         if self.copies_module:
             self.base_layer._buffers.update(self._unmerged_buffers)
         self.forget_unmerged()
 
     def release(self) -> nn.Module:
-        """Give the wrapped module back as it was before the wrapping; the layer is of no use after that."""
+        """Give the wrapped module back as it was before the wrapping; the layer is of no use after that.
+
+        Raises:
+            UnsupportedModelError: If nothing is merged into it and its own parameters were dropped.
+        """
+        if not self.merged:
+            self._bring_back()
         self.forget_unmerged()
         lift(self.base_layer)
         return self.base_layer
@@ -274,9 +358,8 @@ def tie_copies(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if not isinstance(layer, RoseLayer):
             continue
-        for name, base, copied in layer.copies(adapter_name):
-            shared = first.setdefault(id(base), copied)
-            if shared is not copied:
-                slot = layer.slot(name, adapter_name)
-                assert slot is not None
-                slot[0]._parameters[slot[1]] = shared
+        for name, identity in layer.identities.items():
+            slot = layer.slot(name, adapter_name)
+            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            if slot is not None and copied is not None:
+                slot[0]._parameters[slot[1]] = first.setdefault(identity, copied)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +137,52 @@ def no_momentum(optimizer: torch.optim.Optimizer, group: Group) -> UnsupportedOp
 
 def owned_groups(optimizer: torch.optim.Optimizer) -> dict[int, Group]:
     """Map the identity of each parameter of an optimizer to its group, in the optimizer's order."""
-    return {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    return {id(param): group for group in whole_groups(optimizer) for param in group["params"]}
+
+
+# The parameter groups of optimizers that are in the middle of a step with others.
+_whole: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Group]] = weakref.WeakKeyDictionary()
+
+
+def whole_groups(optimizer: torch.optim.Optimizer) -> list[Group]:
+    """The parameter groups as the user made them, in the middle of a step too.
+
+    Args:
+        optimizer: Any.
+    """
+    return _whole.get(optimizer, optimizer.param_groups)
+
+
+def split_groups(optimizer: torch.optim.Optimizer, shares: dict[int, float]) -> None:
+    """Give an optimizer parameter groups for one step; models that share it may each do so.
+
+    Args:
+        optimizer: Whose move is linear in the learning rate.
+        shares: For identities of parameters the share of their move, in [0, 1); those with 0 are left out.
+    """
+    _whole.setdefault(optimizer, optimizer.param_groups)
+    found = []
+    for group in optimizer.param_groups:
+        by_share: dict[float, list[Tensor]] = defaultdict(list)
+        for param in group["params"]:
+            by_share[shares.get(id(param), 1.0)].append(param)
+        for share, params in by_share.items():
+            if share == 1:
+                found.append({**group, "params": params})
+            elif share > 0:
+                found.append({**group, "params": params, "lr": group["lr"] * share})
+    optimizer.param_groups = found
+
+
+def restore_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer its own parameter groups back; does nothing for one that has them.
+
+    Args:
+        optimizer: Any.
+    """
+    groups = _whole.pop(optimizer, None)
+    if groups is not None:
+        optimizer.param_groups = groups
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:

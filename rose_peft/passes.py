@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .ahead import check_can_skip, plan
 from .distributed import Processes, check_engine, keep_unsharded_after_forward
 from .dropout import has_dropout_up_to
 from .errors import UnsupportedEngineError
 from .inputs import cache_before
+from .norms import IndexedTensors
 from .risk import Call, Head, ShardWatch, hidden_states_are_equal, paired_pass
-from .sampled import Draw, sampled_pass
+from .sampled import aside, sampled_pass, take_sample
+from .scores import Scores
 from .steered import Steered
 from .units import LiveUnits
 
@@ -30,15 +33,22 @@ class Passes:
         live: The units of the model.
         processes: Who trains it.
         training: Gives the adapters that train now.
+        scores: Gives what units are ranked by.
     """
 
     def __init__(
-        self, host: nn.Module, live: LiveUnits, processes: Processes, training: Callable[[], list[Steered]]
+        self,
+        host: nn.Module,
+        live: LiveUnits,
+        processes: Processes,
+        training: Callable[[], list[Steered]],
+        scores: Callable[[], Scores],
     ) -> None:
         self._host = host
         self._live = live
         self._processes = processes
         self._training = training
+        self._scores = scores
         self.ours = False
         self._engine_checked = False
         self._hidden_states_checked = False
@@ -86,6 +96,9 @@ class Passes:
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
+        for steered in training:
+            if steered.config.skip_frozen_gradients:
+                self._plan(steered, parameters[steered.name])
         if any(_is_paired(steered) for steered in training):
             # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
             # pass would leave its gradient nothing to reach.
@@ -120,6 +133,13 @@ class Passes:
             steered.window.calls += 1
         return None if output is given else output
 
+    def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
+        check_can_skip(self._host, self._processes)
+        if steered.plan is None:
+            steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
+        if steered.plan is not None:
+            steered.plan.hold_back()
+
     def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
         if any(isinstance(param, DTensor) for _, param in parameters):
@@ -138,22 +158,23 @@ class Passes:
         return output
 
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
-        config, state, window = steered.config, steered.state, steered.window
-        with self.own():
-            if steered.confirm:
-                self._check_hidden_states(call, steered)
+        if steered.plan is not None:
+            steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
+        sample = take_sample(call, output, head, steered.config.risk_fraction)
+        with self.own(), aside(call.module):
             sampled_pass(
-                call,
-                output,
+                sample,
                 head,
-                window,
+                steered.window,
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
-                fraction=config.risk_fraction,
-                scale=float(state.risk_scale),
-                draw=Draw(int(state.risk_seed), int(state.steps), window.calls, self._processes.rank),
+                scale=float(steered.state.risk_scale),
                 confirm=steered.confirm,
             )
+            if steered.confirm:
+                self._check_hidden_states(sample.call, steered)
+        if steered.plan is not None:
+            steered.plan.hold_back()
 
     @contextmanager
     def own(self) -> Iterator[None]:

@@ -87,7 +87,7 @@ def _state_of(source: Source) -> SelectionState:
     if len(found) != 1:
         raise RoseError(
             f"the optimizer state holds ROSE state of {len(found)} adapters ({', '.join(found) or 'none'}), and a "
-            "picture shows one: plot while one trains, by get_selector(model), or give an optimizer that ROSE acted on."
+            "picture shows one: pass get_selector(model) while one trains, or an optimizer that ROSE acted on."
         )
     (values,) = found.values()
     state = SelectionState(values["units"])
@@ -105,7 +105,9 @@ def _read(path: str) -> Mapping[str, Any]:
 def _strategy(state: SelectionState) -> str:
     """What the scores of a state say of the strategy it was made with."""
     first, second = (bool(scores.isfinite().any()) for scores in (state.first_scores, state.second_scores))
-    return "ensemble" if first and second else "first order" if first else "second order" if second else "no scores yet"
+    return (
+        "ensemble" if first and second else "first order" if first else "second order" if second else "no scores yet"
+    )
 
 
 def _unmasked(source: Source) -> str:
@@ -147,7 +149,9 @@ def _draw_masks(axes: Axes, history: Tensor, stride: int, steps: int, labels: li
     if row >= 0.1:
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
     else:  # too many to be read: the layers alone
-        axes.set_yticks([(start + end - 1) / 2 for _, start, end in layers], [name for name, _, _ in layers], fontsize=7)
+        axes.set_yticks(
+            [(start + end - 1) / 2 for _, start, end in layers], [name for name, _, _ in layers], fontsize=7
+        )
     axes.set_ylabel("unit, in order of depth; a white line between layers" if len(layers) > 1 else "unit")
 
 

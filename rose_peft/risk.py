@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .decision import RiskFigures
 from .divergence import logits_divergence
-from .errors import RoseInactiveError, UnsupportedModelError
+from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
 from .norms import IndexedTensors, local_part, square_norms, square_norms_per_unit
 from .outputs import is_causal, logits_of, loss_of, tensors_of, with_loss
 
@@ -149,7 +149,16 @@ class RiskWindow:
         """Whether there was no pass."""
         return self._square_sum is None
 
-    def add(self, parameters: IndexedTensors, value: Tensor, equal: Tensor, scale: float, whole: bool = False) -> None:
+    def add(
+        self,
+        parameters: IndexedTensors,
+        value: Tensor,
+        equal: Tensor,
+        scale: float,
+        *,
+        whole: bool = False,
+        retain_graph: bool = True,
+    ) -> None:
         """Take the gradient of a divergence and keep its norms.
 
         Args:
@@ -158,13 +167,15 @@ class RiskWindow:
             equal: Whether both outputs are equal, a bool scalar.
             scale: Factor on the divergence before its gradient is taken.
             whole: Whether a sampled pass took the whole batch.
+            retain_graph: Whether the user still needs the graph, or a part of it.
 
         Raises:
             RoseInactiveError: If the gradient reaches no unit.
+            UnsupportedEngineError: If the graph does not let itself be asked.
         """
         tensors = [param for _, param in parameters]
-        with _without_hooks(tensors):
-            gradients = torch.autograd.grad(value * scale, tensors, retain_graph=True, allow_unused=True)
+        with _without_hooks(tensors), _typed_errors():
+            gradients = torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
         found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
         if not found:
             raise RoseInactiveError(
@@ -280,6 +291,26 @@ class ShardWatch:
             handle.remove()
         self._handles.clear()
         self.shards.clear()
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Say the way out where torch refuses a gradient."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" in str(error):
+            raise UnsupportedEngineError(
+                "the model calls torch.utils.checkpoint.checkpoint(..., use_reentrant=True), which hides what is "
+                "inside from the gradient of the dropout divergence; pass use_reentrant=False there."
+            ) from error
+        if "donated buffers" in str(error):
+            raise UnsupportedEngineError(
+                "the compiled model gives up buffers that the user's own backward pass still needs after the risk "
+                "pass. Set torch._functorch.config.donated_buffer = False before the first forward call, or "
+                "risk_pass='sampled' in ROSEConfig."
+            ) from error
+        raise
 
 
 @contextmanager

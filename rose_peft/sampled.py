@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,90 +13,90 @@ from dataclasses import dataclass
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from .distributed import whole_parameters
-from .inputs import take_rows, without_cache
+from .inputs import has_cache, take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .risk import Call, Head, RiskWindow
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What the random numbers of one pass depend on, so that a resumed run draws the same.
+class Sample:
+    """Some rows of a call.
 
     Args:
-        seed: The run's.
-        step: Masked steps taken before.
-        call: Calls of the model since the last step.
-        rank: Of this process among those that train the model.
+        call: With those rows as its inputs, and without the user's caches.
+        first: What the user's own pass made of them, without a graph; None where it says nothing.
+        whole: Whether it is the whole batch, because its rows cannot be taken apart.
     """
 
-    seed: int
-    step: int
-    call: int
-    rank: int
-
-    @property
-    def number(self) -> int:
-        """One seed for all."""
-        return (self.seed + 1_000_003 * self.step + 7_919 * self.call + 104_729 * self.rank) % 2**63
+    call: Call
+    first: Sequence[Tensor] | None
+    whole: bool
 
 
-def sampled_pass(
-    call: Call,
-    output: object,
-    head: Head,
-    window: RiskWindow,
-    parameters: Callable[[], IndexedTensors],
-    *,
-    fraction: float,
-    scale: float,
-    draw: Draw,
-    confirm: bool,
-) -> None:
-    """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
-
-    The gradient runs through this pass alone. The user's graph, loss, outputs, buffers and random numbers stay as
-    they are.
+def take_sample(call: Call, output: object, head: Head, fraction: float) -> Sample:
+    """Take some rows of a call, spread over the batch.
 
     Args:
         call: The user's call.
         output: What it returned.
         head: What the logits mean.
+        fraction: Share of the rows, in (0, 1].
+    """
+    fused = bool(call.kwargs.get("fused_lm_head"))  # TRL's trainers ask for log-probabilities and no logits
+    logits = [] if fused else [part.detach() for part in head.logits(output)]
+    rows = take_rows(call.args, without_cache(call.args, call.kwargs), fraction, [len(part) for part in logits])
+    kwargs = {**rows.kwargs, "fused_lm_head": False} if fused else rows.kwargs
+    # What a model says after the tokens in a cache is not what it says without them.
+    telling = not fused and not has_cache(call.kwargs)
+    first = [rows.of(part) for part in logits] if telling else None
+    return Sample(Call(call.module, rows.args, kwargs, {}), first, rows.index is None)
+
+
+def sampled_pass(
+    sample: Sample,
+    head: Head,
+    window: RiskWindow,
+    parameters: Callable[[], IndexedTensors],
+    *,
+    scale: float,
+    confirm: bool,
+) -> None:
+    """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
+
+    The gradient runs through this pass alone; to be called `aside`.
+
+    Args:
+        sample: The rows.
+        head: What the logits mean.
         window: Where the norms go.
         parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
-        fraction: Share of the rows, in (0, 1].
         scale: Factor on the divergence before its gradient is taken.
-        draw: Where the random numbers come from.
         confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
             that are as near as rounding count as equal.
     """
-    # TRL's trainers ask for log-probabilities and no logits: those are made here, without gradient.
-    fused = bool(call.kwargs.get("fused_lm_head"))
-    changed = {"fused_lm_head": False} if fused else {}
-    ours = [] if fused else [logits.detach() for logits in head.logits(output)]
-    rows = take_rows(call.args, without_cache(call.kwargs, _length(call)), fraction, [len(logits) for logits in ours])
-    small = Call(call.module, rows.args, rows.kwargs, {})
-    with _aside(call.module, draw.number), whole_parameters(head.model):
-        first: Sequence[Tensor] = [rows.of(logits) for logits in ours]
-        if fused:
-            with torch.no_grad():
-                first = head.logits(small.again(**changed))
-        second = head.logits(small.again(**changed))
-        value, _ = head.divergence(first, second, small.kwargs)
+    with whole_parameters(head.model):
+        first = sample.first if sample.first is not None else _without_gradient(sample, head)
+        second = head.logits(sample.call.again())
+        value, _ = head.divergence(first, second, sample.call.kwargs)
         if confirm:
-            with torch.no_grad():
-                third = head.logits(small.again(**changed))
-            equal = _all([(one == other).all() for one, other in zip(second, third, strict=True)])
+            equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
         else:
-            equal = _all([_nearly_equal(one, other) for one, other in zip(first, second, strict=True)])
-        window.add(parameters(), value, equal, scale, whole=rows.index is None)
+            equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
+        # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
+        inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
+        retain = any(tensor.requires_grad for tensor in inputs)
+        window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
 
 
-def _length(call: Call) -> int | None:
-    ids = call.kwargs.get("input_ids", call.args[0] if call.args else call.kwargs.get("inputs_embeds"))
-    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() > 1 else None
+def _without_gradient(sample: Sample, head: Head) -> Sequence[Tensor]:
+    with torch.no_grad():
+        return head.logits(sample.call.again())
+
+
+def _pairs(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(first, second, strict=True)
 
 
 def _all(parts: Sequence[Tensor]) -> Tensor:
@@ -107,32 +110,73 @@ def _nearly_equal(one: Tensor, other: Tensor) -> Tensor:
 
 
 @contextmanager
-def _aside(module: nn.Module, seed: int) -> Iterator[None]:
-    """Leave random states, running statistics and checkpointing as they are."""
-    device = next((param.device for param in module.parameters()), torch.device("cpu"))
-    index = [device.index or 0] if device.type not in ("cpu", "meta") else []
-    plain, numbers = random.getstate(), numpy.random.get_state()
-    statistics = [
-        (buffer, buffer.clone())
-        for inner in module.modules()
-        if isinstance(inner, _NormBase)
-        for buffer in inner.buffers(recurse=False)
-    ]
+def aside(module: nn.Module) -> Iterator[None]:
+    """Leave random states, buffers and checkpointing as they are.
+
+    Args:
+        module: The model to be called inside.
+    """
+    buffers = _own_buffers(module)
     # The small graph needs no checkpoints, and reentrant ones hide the parameters from its gradient.
     checkpointed = [inner for inner in module.modules() if getattr(inner, "gradient_checkpointing", False) is True]
     for inner in checkpointed:
         inner.gradient_checkpointing = False  # type: ignore[assignment]
     try:
-        with torch.random.fork_rng(devices=index, device_type=device.type if index else "cuda"):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
+        with _own_draws(module):
             yield
     finally:
-        random.setstate(plain)
-        numpy.random.set_state(numbers)
         for inner in checkpointed:
             inner.gradient_checkpointing = True  # type: ignore[assignment]
-        with torch.no_grad():
-            for buffer, before in statistics:
-                buffer.copy_(before)
+        for inner, name, buffer in buffers:
+            inner._buffers[name] = buffer
+
+
+def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Put copies in the place of what a forward pass may write to, such as running statistics; returns the originals.
+
+    The originals are not touched at all: the user's graph may have saved them, and would know by their version.
+    """
+    found = []
+    copies: dict[int, Tensor] = {}
+    for inner in module.modules():
+        for name, buffer in inner._buffers.items():
+            # Counters and statistics; integers of more dimensions are quantized weights.
+            if buffer is not None and (buffer.is_floating_point() or buffer.dim() <= 1):
+                found.append((inner, name, buffer))
+                inner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+    return found
+
+
+@contextmanager
+def _own_draws(module: nn.Module) -> Iterator[None]:
+    """Draw from generators that follow from the user's and leave them where they are.
+
+    The seed is made of all their states, so that a run that is resumed with them draws the same again.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+    generators = [_generator(device) for device in sorted(devices, key=str)]
+    plain, numbers, states = random.getstate(), numpy.random.get_state(), [each.get_state() for each in generators]
+    cpu = torch.get_rng_state()
+    everything = [plain, numbers, *(state.numpy().tobytes() for state in [cpu, *states])]
+    seed = int.from_bytes(hashlib.blake2b(pickle.dumps(everything), digest_size=8).digest(), "little") % 2**63
+    try:
+        # Not torch.manual_seed, which seeds every device there is.
+        for generator in [torch.default_generator, *generators]:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        random.setstate(plain)
+        numpy.random.set_state(numbers)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The default generator of an accelerator."""
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    return torch.get_device_module(device).default_generators[device.index or 0]

@@ -69,7 +69,7 @@ class RoseSelector:
         self._dropout: TrainingDropout | None = None
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self.live.dropout_targets())
-        self.passes = Passes(host, self.live, self.processes, self._training)
+        self.passes = Passes(host, self.live, self.processes, self._training, self._scores)
         self._hooks = ForwardHooks(host, model, self._before_forward, self.passes.after, self._flights.settle)
         host.__dict__[_SELECTOR] = self
         watch_steps(self)
@@ -125,6 +125,8 @@ class RoseSelector:
         self.passes.close()
         if self._dropout is not None:
             self._dropout.undo()
+        for steered in self.adapters.values():
+            steered.drop_plan()
         self._homes.leave(steered.state for steered in self.adapters.values())
         self.host.__dict__.pop(_SELECTOR, None)
         unwatch_steps(self)
@@ -151,6 +153,9 @@ class RoseSelector:
 
     def _training(self) -> list[Steered]:
         return [self.adapters[name] for name in self.live.training() if name in self.adapters]
+
+    def _scores(self) -> Scores:
+        return self.scores
 
     def _before_forward(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         if not self.passes.ours:
@@ -199,6 +204,10 @@ class RoseSelector:
         if landed is not None:
             self._current = landed
             self.steps_taken += 1
+
+    def settle(self, optimizer: Optimizer) -> None:
+        """Put right what a step of an optimizer has left that raised or was interrupted."""
+        self._flights.settle(optimizer)
 
     def gather(self, steered: Steered, stepping: Sequence[Stepping], scale: float) -> Gathered:
         """Fetch what the masks of one adapter are made of."""

@@ -132,7 +132,6 @@ class SelectionState:
             "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
             "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
             "risk_scale": torch.full((), FIRST_RISK_SCALE, dtype=torch.float64),
-            "risk_seed": torch.full((), torch.initial_seed() % 2**63, dtype=torch.int64),
             "risk_average": torch.zeros(2, units, dtype=torch.float64),
             "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
             "history_stride": torch.ones((), dtype=torch.int64),

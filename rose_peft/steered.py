@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .ahead import Plan
 from .config import ROSEConfig
 from .risk import RiskWindow
 from .state import SelectionState
@@ -25,6 +26,14 @@ class Steered:
     watchdog: Watchdog
     # Sampled passes: whether the next one shall find out if there is any dropout at all.
     confirm: bool = True
+    # What is known of the next step before its forward call; with `skip_frozen_gradients` only.
+    plan: Plan | None = None
+
+    def drop_plan(self) -> None:
+        """Let held back parameters build gradients again."""
+        if self.plan is not None:
+            self.plan.release()
+            self.plan = None
 
 
 def steer(live: LiveUnits, host: nn.Module, known: dict[str, Steered]) -> dict[str, Steered]:

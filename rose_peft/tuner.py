@@ -81,6 +81,9 @@ class ROSEModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
+        if not config.inference_mode and config.original_weights != "keep":
+            for layer in _rose_layers(model):
+                layer.put_away(config.original_weights)
         if not config.inference_mode and find_selector(self.model) is None:
             RoseSelector(self.model, self.model, config)
 
@@ -214,6 +217,8 @@ class ROSEModel(BaseTuner):
         # PEFT looks modules up by names that are out of date once the container around them is unloaded, so our layers
         # go first; it then deals with `modules_to_save`.
         layers = _rose_layers(self.model)
+        for layer in () if merge else layers:
+            layer.check_originals()
         for layer in layers if merge else ():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         selector = find_selector(self.model)
@@ -235,9 +240,12 @@ def own_copy(config: Any) -> Any:
     Args:
         config: As the user gave it; he may use it again for another model.
     """
+    saved = config.modules_to_save or []
+    named = list(dict.fromkeys([*saved, *_LATE_HEADS.get(config.task_type, ())]))
+    if config.inference_mode and named == saved and config.target_modules != "all-linear":
+        return config  # nothing is found out; PEFT's users expect the object that they gave to `from_pretrained`
     copied = copy.deepcopy(config)
-    named = [*(copied.modules_to_save or ()), *_LATE_HEADS.get(copied.task_type, ())]
-    copied.modules_to_save = list(dict.fromkeys(named)) or copied.modules_to_save
+    copied.modules_to_save = named or copied.modules_to_save
     return copied
 
 

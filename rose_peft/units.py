@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +58,11 @@ def is_weight(parameter_name: str) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:
-    """Names of the repeated transformer blocks: the members of the outermost lists of composite modules of one class.
+    """Names of the repeated transformer blocks: the members of the outermost lists of composite modules.
 
     The published rule (names with `layer` and `weight`) selects the weights in these blocks on RoBERTa; this one finds
-    the same place in models with other names.
+    the same place in models with other names. Blocks of several classes may take turns in one list (attention and
+    state space, self and cross attention); lists inside a block, such as its experts, are part of it.
 
     Args:
         model: Any model, wrapped by a tuner or not; names are those of the base model.
@@ -69,14 +71,44 @@ def repeated_blocks(model: nn.Module) -> list[str]:
     for name, module in base_modules(model):
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or _inside(name, blocks):
             continue
-        # A wrapped module is judged by what it wraps: all layers of ours are of one class and have children.
+        # A wrapped module is judged by what it wraps: all layers of ours are of one class and have children. What has
+        # no parameters (an identity in place of a block) says nothing.
         children = [c.get_base_layer() if isinstance(c, BaseTunerLayer) else c for c in module.children()]
-        same = len({type(child) for child in children}) == 1
+        children = [child for child in children if any(True for _ in child.parameters())]
+        kinds = {type(child) for child in children}
         composite = all(any(True for _ in child.children()) for child in children)
-        # One child in a Sequential is how heads are written; one in a ModuleList is a model with one layer.
-        if children and same and composite and (isinstance(module, nn.ModuleList) or len(children) > 1):
+        if isinstance(module, nn.ModuleList):
+            # Once each in a list may stand blocks, but also whole models: those have embeddings.
+            repeat = len(kinds) < max(2, len(children)) or not any(
+                isinstance(inner, nn.Embedding) for child in children for inner in child.modules()
+            )
+        else:  # a pipeline of different things, or a head, may be a Sequential too
+            repeat = len(kinds) < len(children)
+        if children and repeat and composite:
             blocks.extend(f"{name}.{index}" if name else str(index) for index, _ in module.named_children())
     return blocks
+
+
+def block_coverage(model: nn.Module, units: Sequence[Unit]) -> float:
+    """Share of the weights in repeated blocks that belong to units, in [0, 1]; 1 for a model without such blocks.
+
+    Args:
+        model: The base model with layers of full fine-tuning in it, or a plain model.
+        units: Its units; weights, not adapters.
+    """
+    blocks = repeated_blocks(model)
+    sizes: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in base_modules(model):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for parameter_name, param in base.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter_name}" if name else parameter_name
+            if is_weight(parameter_name) and _inside(full_name, blocks) and id(param) not in seen:
+                seen.add(id(param))
+                sizes[full_name] = param.numel()
+    covered = {unit.name for unit in units}
+    total = sum(sizes.values())
+    return sum(size for name, size in sizes.items() if name in covered) / total if total else 1.0
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -109,20 +141,21 @@ def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | No
     Raises:
         TargetModulesError: If there are none; the message lists modules that could be named.
     """
-    if any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules()):
-        units = _adapter_units(model)
-    else:
-        units = _weight_units(model, config, among)
+    units = _adapter_units(model) if _has_other_tuner(model) else _weight_units(model, config, among)
     if not units:
         candidates = [
             name for name, module in base_modules(model) if name and any(True for _ in _weight_slots(module))
         ]
         raise TargetModulesError(
             f"target_modules={config.target_modules if config else None!r} leaves no weight to mask: with None the "
-            "weights inside repeated blocks (an nn.ModuleList of equal blocks) are units. Pass target_modules; "
+            "weights inside repeated blocks (an nn.ModuleList of blocks) are units. Pass target_modules; "
             f"candidates: {', '.join(candidates[:12])}{' ...' if len(candidates) > 12 else ''}."
         )
     return units
+
+
+def _has_other_tuner(model: nn.Module) -> bool:
+    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
 
 
 def _adapter_units(model: nn.Module) -> list[Unit]:
@@ -220,6 +253,7 @@ class LiveUnits:
         # The settings given here overrule those of adapters that are there already, such as loaded ones.
         self._overruled = {name: id(own) for name, own in (self._peft_configs() or {}).items()}
         self.by_adapter: dict[str, list[Unit]] = {}
+        self._warned = False
         self._find()
 
     def _find(self) -> None:
@@ -232,11 +266,25 @@ class LiveUnits:
         if not any(isinstance(config, ROSEConfig) for config in (configs or {}).values()):
             for unit in find_units(self.model, self._config):
                 self.by_adapter.setdefault(unit.adapter, []).append(unit)
+            self._warn_of_small_coverage()
             return
         for adapter, own in (configs or {}).items():
             if isinstance(own, ROSEConfig):
                 found = find_units(self.model, self.config_of(adapter))
                 self.by_adapter[adapter] = [unit for unit in found if unit.adapter == adapter]
+        self._warn_of_small_coverage()
+
+    def _warn_of_small_coverage(self) -> None:
+        """Say once where most of the blocks is never masked; adapters are small beside the weights by their nature."""
+        for units in self.by_adapter.values():
+            coverage = block_coverage(self.model, units)
+            if units and coverage < 0.5 and not self._warned and not _has_other_tuner(self.model):
+                self._warned = True
+                warnings.warn(
+                    f"the {len(units)} units cover {coverage:.0%} of the weights in repeated blocks, less than half: "
+                    "the others are never masked. Widen target_modules if that is not meant.",
+                    stacklevel=2,
+                )
 
     def config_of(self, adapter: str) -> ROSEConfig:
         """The settings of one adapter.
@@ -309,11 +357,17 @@ class LiveUnits:
     def last_module(self) -> nn.Module | None:
         """The last module, in order of depth, whose call uses a unit."""
         owners = {id(module) for units in self.by_adapter.values() for unit in units for module, _ in unit.slots}
-        last = None
+        last: nn.Module | None = None
+        # What is inside a tuner layer does not count for itself: the second matrix of a fresh LoRA gives zeros only.
+        inside: set[int] = set()
         for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                own = [inner for child in _internals(module) for inner in child.modules()]
+                inside.update(map(id, own))
+                if id(module) not in inside and any(id(inner) in owners for inner in own):
+                    last = module
             is_container = isinstance(module, (nn.ModuleDict, nn.ParameterDict, nn.ModuleList))
-            layer = isinstance(module, BaseTunerLayer) and any(id(inner) in owners for inner in module.modules())
-            if layer or (id(module) in owners and not is_container):
+            if id(module) in owners and id(module) not in inside and not is_container:
                 last = module
         return last
 

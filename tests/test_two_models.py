@@ -110,6 +110,8 @@ def test_two_models_in_one_optimizer_are_resumed(kind: str, layout: str, at: int
         model.load_state_dict(own)
     optimizer = optimizer_of(resumed, layout)
     optimizer.load_state_dict(copy.deepcopy(state))
+    for model in resumed:
+        get_selector(model).restore(optimizer)
     go(resumed, optimizer, range(at, len(TURNS)))
     for one, other in zip(whole, resumed, strict=True):
         assert_same(one, other)

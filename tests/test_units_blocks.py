@@ -182,10 +182,25 @@ def step_of_reached(selector: Any, optimizer: torch.optim.Optimizer) -> dict[str
     return masks
 
 
-@pytest.mark.parametrize("container", [nn.ModuleList, nn.Sequential])
-def test_one_block_of_its_own_class_each(container: type[nn.Module]) -> None:
-    model = Mixed(Wide, Narrow, container=container)
-    assert {unit.name for unit in attach_rose(model, ROSEConfig()).units} == weights_in(Mixed(Wide, Narrow), "layers.")
+@pytest.mark.parametrize("blocks", [(Wide, Narrow), (Wide,), (Wide, nn.Identity, Wide)])
+def test_lists_in_which_no_class_repeats_and_places_left_empty(blocks: tuple[type[nn.Module], ...]) -> None:
+    expected = weights_in(Mixed(*blocks), "layers.")
+    assert {unit.name for unit in attach_rose(Mixed(*blocks), ROSEConfig()).units} == expected
+
+
+def test_blocks_in_a_sequential() -> None:
+    model = Mixed(Narrow, Wide, Narrow, container=nn.Sequential)
+    assert {unit.name for unit in attach_rose(model, ROSEConfig()).units} == weights_in(Mixed(), "layers.")
+
+
+def test_two_models_in_a_list_are_no_blocks() -> None:
+    """The blocks are inside them; their embeddings and poolers are no units."""
+    towers = nn.ModuleList([tiny_bert().bert, tf.RobertaModel(tf.RobertaConfig(**SIZES))])
+    blocks = ("0.encoder.layer.", "1.encoder.layer.")
+    expected = {name for prefix in blocks for name in weights_in(towers, prefix)}
+    assert {unit.name for unit in attach_rose(towers, ROSEConfig()).units} == expected
+    pipeline = nn.Sequential(Mixed(), nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+    assert {unit.name for unit in attach_rose(pipeline, ROSEConfig()).units} == weights_in(pipeline, "0.layers.")
 
 
 def test_what_is_no_list_of_blocks_is_left_alone() -> None:

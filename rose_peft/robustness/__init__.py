@@ -4,15 +4,18 @@
 - `evaluate_noise`: accuracy under typos, homoglyphs, synonyms and the like; no search, fast.
 - `run_attacks`: TextAttack recipes by name; resumable, and without network where a recipe needs none.
 - `loss_surface`, `worst_loss`, `hessian_trace`: the loss around the weights.
-- `write_report`: result files to one page. Also `python -m rose_peft.robustness RESULTS --output_dir FOLDER`.
+- `consistency`: how much predictions change under dropout, typos and synonyms; needs no labels.
+- `write_report`: result files to one page.
 
-Every accuracy comes with a 95 % interval. Importing this package imports neither TextAttack nor pandas, datasets or
-matplotlib; what needs them imports them when it is called.
+Also `python -m rose_peft.robustness {noise,attack,landscape,consistency,report} --help`. Every accuracy comes with a
+95 % interval. Importing this package imports neither TextAttack nor pandas, datasets, scipy or matplotlib; what needs
+them imports them when it is called.
 """
 
 from .adv_glue import AdvGlueResult, evaluate_adv_glue
-from .attack_recipes import PRESETS, RECIPES
-from .attacks import AttackReport, RecipeResult, run_attacks
+from .attacks.recipes import PRESETS, RECIPES
+from .attacks.run import AttackReport, RecipeResult, run_attacks
+from .consistency import ConsistencyResult, consistency
 from .data import TASKS, Examples, examples_from_columns, load_adv_glue, load_file, load_glue, load_hub
 from .errors import (
     DataError,
@@ -26,7 +29,7 @@ from .errors import (
     UnknownRecipeError,
     UnknownTaskError,
 )
-from .intervals import Interval, bootstrap_mean, bootstrap_paired_difference, wilson
+from .estimate import Estimate, bootstrap_mean, bootstrap_paired_difference, paired_difference, wilson
 from .landscape import (
     Sharpness,
     Surface,
@@ -34,27 +37,30 @@ from .landscape import (
     classification_loss,
     hessian_trace,
     loss_surface,
-    plot_surfaces,
+    measure_sharpness,
     worst_loss,
 )
 from .loading import load_classifier
-from .noise import NoiseResult, add_noise, evaluate_noise, plot_noise
+from .noise import NoiseResult, add_noise, evaluate_noise
+from .plotting import plot_noise, plot_surfaces
 from .predict import Predictor, evaluating
 from .report import Report, write_report
-from .results import SCHEMA_VERSION, Figure, Result, load_result
+from .results import MEASURES, SCHEMA_VERSION, Result, Row, load_result
+from .robust_sets import evaluate_robust_sets, load_robust_files
 
 __all__ = [
+    "MEASURES",
     "PRESETS",
     "RECIPES",
     "SCHEMA_VERSION",
     "TASKS",
     "AdvGlueResult",
     "AttackReport",
+    "ConsistencyResult",
     "DataError",
     "DivergedModelError",
+    "Estimate",
     "Examples",
-    "Figure",
-    "Interval",
     "LabelMismatchError",
     "MissingResourceError",
     "ModelError",
@@ -66,6 +72,7 @@ __all__ = [
     "ResultFileError",
     "ResumeError",
     "RobustnessError",
+    "Row",
     "Sharpness",
     "Surface",
     "UnknownRecipeError",
@@ -75,8 +82,10 @@ __all__ = [
     "bootstrap_paired_difference",
     "classification_batches",
     "classification_loss",
+    "consistency",
     "evaluate_adv_glue",
     "evaluate_noise",
+    "evaluate_robust_sets",
     "evaluating",
     "examples_from_columns",
     "hessian_trace",
@@ -86,7 +95,10 @@ __all__ = [
     "load_glue",
     "load_hub",
     "load_result",
+    "load_robust_files",
     "loss_surface",
+    "measure_sharpness",
+    "paired_difference",
     "plot_noise",
     "plot_surfaces",
     "run_attacks",

@@ -8,8 +8,12 @@ from typing import Any
 from torch import nn
 
 from .data import Examples, PathLike, load_adv_glue, load_glue
+from .estimate import Estimate, share
 from .predict import Predictor
-from .results import Figure, share_figure
+from .results import Row
+
+#: Name of AdvGLUE among the robust sets.
+ADV_GLUE = "AdvGLUE"
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,17 @@ class AdvGlueResult:
     """
 
     task: str
-    clean: Figure
-    adversarial: Figure
-    by_source: dict[str, Figure] = field(default_factory=dict)
+    clean: Estimate
+    adversarial: Estimate
+    by_source: dict[str, Estimate] = field(default_factory=dict)
 
-    def figures(self) -> dict[str, Figure]:
-        """Return the figures under the names that result files use."""
-        found = {"clean/accuracy": self.clean, "adv_glue/accuracy": self.adversarial}
-        found.update({f"adv_glue/source/{name}/accuracy": figure for name, figure in self.by_source.items()})
-        return found
+    def rows(self) -> list[Row]:
+        """Return the figures as rows of a result file."""
+        return [
+            Row("clean_accuracy", self.clean),
+            Row("robust_accuracy", self.adversarial, ADV_GLUE),
+            *(Row("source_accuracy", estimate, source) for source, estimate in self.by_source.items()),
+        ]
 
 
 def evaluate_adv_glue(
@@ -69,7 +75,7 @@ def evaluate_adv_glue(
         by_source.setdefault(source, []).append(outcome)
     return AdvGlueResult(
         task=task,
-        clean=share_figure(Predictor.for_examples(model, tokenizer, plain, **options).correct(plain)),
-        adversarial=share_figure(right),
-        by_source={source: share_figure(outcomes) for source, outcomes in sorted(by_source.items())},
+        clean=share(Predictor.for_examples(model, tokenizer, plain, **options).correct(plain)),
+        adversarial=share(right),
+        by_source={source: share(outcomes) for source, outcomes in sorted(by_source.items())},
     )

@@ -119,11 +119,12 @@ class Examples:
         for position, text in enumerate(self.texts):
             if len(text) != len(self.columns) or not all(isinstance(part, str) for part in text):
                 raise DataError(f"{self.name}: example {position} is {text!r}, not texts for {self.columns}.")
-        unlabelled = sum(label < 0 for label in self.labels)
+        unlabelled = [row for row, label in enumerate(self.labels) if label < 0]
         if unlabelled:
             raise DataError(
-                f"{self.name}: {unlabelled} of {len(self.labels)} examples have no label (a negative number); "
-                "use a labelled split, such as validation."
+                f"{self.name}: {len(unlabelled)} of {len(self.labels)} examples have no label (blank, or a negative "
+                f"number), the first in row {unlabelled[0]}; use a labelled split, such as validation, or "
+                "leave them out."
             )
         if self.label_names is not None and max(self.labels) >= len(self.label_names):
             raise DataError(f"{self.name}: label {max(self.labels)} has no name among {self.label_names}.")
@@ -222,6 +223,44 @@ def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: 
     return int(label)
 
 
+def read_table(path: PathLike, text_columns: Sequence[str], key: str | None = None, **labels: Any) -> Any:
+    """Read one file as a `pandas.DataFrame`; see `load_file`.
+
+    Args:
+        path: The file.
+        text_columns: Columns whose values stay as they are written.
+        key: Which list to take from a JSON object of lists.
+        labels: `label_column` and `label_names`, where they are known.
+
+    Raises:
+        DataError: If the file is missing, unreadable, or not laid out like this.
+    """
+    import pandas
+
+    path = Path(path)
+    as_text = dict.fromkeys(text_columns, str)
+    delimited = _delimited_options(path, text_columns, **labels)
+    readers = {
+        ".parquet": pandas.read_parquet,
+        ".csv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".tsv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
+        ".jsonl": lambda file: pandas.read_json(file, lines=True, dtype=False),
+        ".json": lambda file: _read_json(file, key),
+    }
+    if path.suffix not in readers:
+        raise DataError(f"{path}: files end in {', '.join(readers)} here, not in {path.suffix!r}.")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the folder and the split.")
+    try:
+        return readers[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is not in UTF-8 ({error.reason} at byte {error.start}); convert it first."
+        ) from error
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)}).") from error
+
+
 def load_file(
     path: PathLike,
     text_columns: Sequence[str],
@@ -243,31 +282,15 @@ def load_file(
     Raises:
         DataError: If the file is missing, unreadable, or not laid out like this.
     """
-    import pandas
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; check the folder and the split.")
-    as_text = dict.fromkeys(text_columns, str)
-    delimited = delimited_options(path, text_columns, label_column, label_names)
-    readers = {
-        ".parquet": pandas.read_parquet,
-        ".csv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
-        ".tsv": lambda file: pandas.read_csv(file, dtype=as_text, **delimited),
-        ".jsonl": lambda file: pandas.read_json(file, lines=True, dtype=False),
-        ".json": lambda file: _read_json(file, key),
-    }
-    if path.suffix not in readers:
-        raise DataError(f"{path}: files end in {', '.join(readers)} here, not in {path.suffix!r}.")
-    try:
-        table = readers[path.suffix](path)
-    except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({first_line(error)}).") from error
+    table = read_table(path, text_columns, key, label_column=label_column, label_names=label_names)
     return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
 
 
-def delimited_options(
-    path: PathLike, text_columns: Sequence[str], label_column: str, label_names: Sequence[str] | None = None
+def _delimited_options(
+    path: PathLike,
+    text_columns: Sequence[str],
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Say how pandas must read a CSV or TSV file, so that texts such as `NA` are texts and quotes in TSV are quotes.
 
@@ -300,6 +323,23 @@ def _read_json(path: Path, key: str | None) -> Any:
     return pandas.DataFrame.from_records(content)
 
 
+def read_hub(repository: str, config: str | None, split: str) -> Any:
+    """Read one split of a data set on the Hugging Face hub as a `datasets.Dataset`.
+
+    Raises:
+        DataError: If it cannot be fetched.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(repository, config, split=split)
+    except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
+        raise DataError(
+            f"{repository}/{config}: not available from the hub ({first_line(error)}); "
+            "give the folder of local files instead."
+        ) from error
+
+
 def load_hub(
     repository: str,
     config: str | None,
@@ -321,15 +361,7 @@ def load_hub(
     Raises:
         DataError: If the data set cannot be fetched, or is not laid out like this.
     """
-    import datasets
-
-    try:
-        table = datasets.load_dataset(repository, config, split=split)
-    except Exception as error:  # the hub's client raises many kinds, and each means the same to the user
-        raise DataError(
-            f"{repository}/{config}: not available from the hub ({first_line(error)}); "
-            "give the folder of local files instead."
-        ) from error
+    table = read_hub(repository, config, split)
     return examples_from_columns(table, text_columns, label_column, label_names, name=f"{repository}/{config}/{split}")
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +24,9 @@ from .directions import (
     weights_kept,
 )
 from .errors import RobustnessError
-from .plotting import legend_below
+from .estimate import Estimate, mean
 from .predict import Predictor, evaluating
-from .results import Figure, mean_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Picture
+from .results import Row
 
 
 def classification_batches(
@@ -230,6 +225,48 @@ def worst_loss(
     return Sharpness(start, highest, epsilon)
 
 
+def measure_sharpness(
+    predictor: Predictor,
+    examples: Examples,
+    *,
+    epsilon: float = 0.005,
+    ascent_steps: int = 10,
+    probes: int = 16,
+    seed: int = 0,
+    scope: Scope = "used",
+    progress: bool = False,
+) -> list[Row]:
+    """Measure the loss of a classifier, how much it rises at worst, and the trace of its Hessian.
+
+    Args:
+        predictor: The model with its tokenizer.
+        examples: The data.
+        epsilon: See `worst_loss`.
+        ascent_steps: See `worst_loss`.
+        probes: See `hessian_trace`; 0 leaves it out.
+        seed: Seed of start and probes.
+        scope: See `loss_surface`.
+        progress: Show a progress bar.
+
+    Returns:
+        Rows of a result file.
+
+    Raises:
+        RobustnessError: If an argument is out of range.
+    """
+    model, loss = predictor.model, classification_loss(predictor)
+    batches = classification_batches(predictor, examples)
+    found = worst_loss(model, batches, loss, epsilon=epsilon, ascent_steps=ascent_steps, seed=seed, scope=scope)
+    rows = [
+        Row("loss", Estimate(found.loss, len(examples))),
+        Row("worst_loss_increase", Estimate(found.increase, len(examples))),
+    ]
+    if probes:
+        trace = hessian_trace(model, batches, loss, probes=probes, seed=seed, scope=scope, progress=progress)
+        rows.append(Row("hessian_trace", trace))
+    return rows
+
+
 def _higher(loss: float, other: float) -> float:
     """Return the higher loss; one that is no number any more is as high as can be."""
     return max(loss, other) if math.isfinite(loss) and math.isfinite(other) else math.inf
@@ -256,7 +293,7 @@ def hessian_trace(
     seed: int = 0,
     scope: Scope = "used",
     progress: bool = False,
-) -> Figure:
+) -> Estimate:
     """Estimate the trace of the Hessian of the mean loss by random probes.
 
     Source: Hutchinson 1990; Yao et al. 2020 (PyHessian), https://arxiv.org/abs/1912.07145. Each probe v has entries
@@ -306,102 +343,9 @@ def hessian_trace(
                 count += losses.numel()
             values.append(total / count)
     # A loss that is no number has no curvature to speak of.
-    return mean_figure(values) if all(map(math.isfinite, values)) else Figure(None, len(values))
+    return mean(values) if all(map(math.isfinite, values)) else Estimate(None, len(values))
 
 
 def _need_batches(batches: Sequence[Any]) -> None:
     if not len(batches):
         raise RobustnessError("batches is empty: a loss needs examples.")
-
-
-def plot_surfaces(
-    surfaces: Mapping[str, Surface],
-    path: str | os.PathLike[str] | None = None,
-    title: str = "Loss landscape",
-    ceiling: float | None = None,
-) -> Picture:
-    """Draw the surfaces of several models: planes side by side on one colour scale, lines in one diagram.
-
-    Args:
-        surfaces: Name of each model -> its surface, all lines or all planes.
-        path: Where to save the picture; its ending decides the format. None does not save it.
-        title: Title above all panels.
-        ceiling: Highest loss that is told apart, so that one steep model does not flatten all others; None for the
-            highest there is.
-
-    Raises:
-        RobustnessError: If there is nothing to draw, or lines and planes are mixed.
-    """
-    from matplotlib.figure import Figure as Canvas
-
-    if not surfaces:
-        raise RobustnessError("surfaces is empty: there is nothing to plot.")
-    if len({surface.dimensions for surface in surfaces.values()}) > 1:
-        raise RobustnessError("surfaces mix lines and planes; plot them apart.")
-    if next(iter(surfaces.values())).dimensions == 1:
-        figure = Canvas(figsize=(6.5, 5.0), layout="constrained")
-        axes = figure.subplots()
-        for name, surface in surfaces.items():
-            axes.plot(surface.steps, surface.losses, marker="o", markersize=2.5, label=name)
-        if ceiling is not None:
-            axes.set_ylim(top=ceiling)
-        axes.set_xlabel("step along direction 1")
-        axes.set_ylabel("mean cross-entropy loss (nats)")
-        axes.grid(alpha=0.3)
-        legend_below(figure, {str(line.get_label()): line for line in axes.lines})
-    else:
-        figure = _plot_planes(surfaces, ceiling)
-    figure.suptitle(
-        f"{title}\nrandom directions, filter-normalised\n(a step of 1 moves every filter by its own length)",
-        fontsize=10,
-    )
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Picture:
-    """Draw planes as relief above and as contours below, all panels on the same scale."""
-    import numpy as np
-    from matplotlib.figure import Figure as Canvas
-
-    count = len(surfaces)
-    grids = {name: np.asarray(surface.losses, dtype=float) for name, surface in surfaces.items()}
-    finite = np.concatenate([grid[np.isfinite(grid)] for grid in grids.values()])
-    if not len(finite):
-        raise RobustnessError("surfaces hold no finite loss; choose a smaller radius.")
-    low, high = float(finite.min()), float(finite.max())
-    if ceiling is not None:
-        high = min(high, ceiling)
-    if high <= low:
-        high = low + 1e-6
-    levels = np.linspace(low, high, 25)
-    figure = Canvas(figsize=(3.1 * count + 1.2, 6.4), layout="constrained")
-    shared: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
-    contours: Any = None
-    flat = []
-    for column, (name, surface) in enumerate(surfaces.items()):
-        grid = np.nan_to_num(grids[name], nan=high, posinf=high).clip(max=high)
-        across, along = np.meshgrid(surface.steps, surface.steps)
-        relief = figure.add_subplot(2, count, column + 1, projection="3d")
-        relief.plot_surface(across, along, grid, rstride=1, cstride=1, linewidth=0, antialiased=True, **shared)
-        relief.set_zlim(low, high)
-        relief.set_zlabel("loss", fontsize=8, labelpad=0)
-        relief.set_title(f"{name}\nloss at the weights {surface.centre:.3f}", fontsize=10)
-        relief.tick_params(labelsize=7, pad=-2)
-        plane = figure.add_subplot(2, count, count + column + 1)
-        contours = plane.contourf(across, along, grid, levels=levels, **shared)
-        plane.contour(across, along, grid, levels=levels[::3], colors="white", linewidths=0.4)
-        plane.plot(0, 0, marker="+", color="red", markersize=8, linestyle="", label="the model")
-        plane.set_aspect("equal")
-        plane.tick_params(labelsize=8)
-        plane.set_xlabel("step along direction 1", fontsize=9)
-        if column == 0:
-            plane.set_ylabel("step along direction 2", fontsize=9)
-            plane.legend(loc="upper left", fontsize=7, framealpha=0.8)
-        flat.append(plane)
-    label = "mean cross-entropy loss (nats)" + (f"\n{high:g} and above look alike" if ceiling is not None else "")
-    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15, format="%.2f")
-    bar.ax.tick_params(labelsize=8)
-    return figure

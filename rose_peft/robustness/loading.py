@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from .errors import LabelMismatchError, ModelError, RobustnessError, first_line
 from .seeding import generators_kept
 
+logger = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +31,8 @@ def load_classifier(
     """Load a sequence classifier and its tokenizer.
 
     Args:
-        name_or_path: Folder or hub name of a whole model, or of a PEFT adapter, whose base model is then loaded too.
+        name_or_path: Folder or hub name of a whole model, or of a PEFT adapter, whose base model is then loaded too;
+            or the folder of a run of examples/train.py.
         num_labels: Number of classes, for a head that the folder does not contain; a whole classifier keeps its own,
             which `label_order` compares with the data's.
         tokenizer: Folder or hub name of the tokenizer; None for the model's (an adapter's base model's) own.
@@ -48,7 +51,9 @@ def load_classifier(
 
     if dtype not in PRECISIONS:
         raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(PRECISIONS)}.")
-    name = os.fspath(name_or_path)
+    name = model_folder(name_or_path)
+    _check_folder(name)
+    _check_device(device)
     try:
         with generators_kept():
             torch.manual_seed(seed)
@@ -64,6 +69,22 @@ def load_classifier(
     return model.to(device).eval(), words
 
 
+def model_folder(name_or_path: str | os.PathLike[str]) -> str:
+    """Return where a model lies: in the folder `model` of a run of examples/train.py, else where it is said to be."""
+    path = Path(name_or_path)
+    return str(path / "model") if _is_model(path / "model") and not _is_model(path) else os.fspath(name_or_path)
+
+
+def model_name(name_or_path: str | os.PathLike[str]) -> str:
+    """Return what to call a model: its run, its folder, or the last part of its hub name."""
+    path = Path(name_or_path)
+    return path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def _is_adapter(name: str) -> bool:
     return (Path(name) / "adapter_config.json").is_file()
 
@@ -77,6 +98,8 @@ def _load_model(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
     has_head = any(architecture.endswith("ForSequenceClassification") for architecture in architectures)
     # Another number of classes than the head's would not load, with a trace and no word about the data.
     options = {} if has_head else {"num_labels": num_labels}
+    if not has_head:
+        logger.warning("model=%r has no classification head: a random one is evaluated, as good as guessing.", name)
     return AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **options)
 
 
@@ -93,6 +116,25 @@ def _load_adapter(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
         raise LabelMismatchError(
             f"num_labels={num_labels}: the head of the adapter {name!r} has {found[1]} classes; evaluate a model "
             "trained on this task."
+        ) from error
+
+
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir() and not _is_model(folder):
+        held = "nothing" if not any(folder.iterdir()) else "no config.json or adapter_config.json"
+        raise ModelError(
+            f"model={name!r} cannot be loaded as a sequence classifier: the folder holds {held}; pass a model's or an "
+            "adapter's folder, or a run of examples/train.py that has ended."
+        )
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device={device!r} cannot be used here ({first_line(error)}); pass cpu, or a device that is there."
         ) from error
 
 

@@ -12,26 +12,21 @@ curve over rates shows the strength and not the luck of the draw.
 
 from __future__ import annotations
 
-import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from .data import Examples
 from .errors import MissingResourceError, RobustnessError
+from .estimate import Estimate, share
 from .homoglyphs import HOMOGLYPHS
-from .plotting import legend_below, style_of
-from .predict import Predictor
-from .results import Figure, share_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Picture
+from .predict import Predictor, Text
+from .results import Row
 
 DEFAULT_RATES = (0.05, 0.1, 0.2, 0.4)
 
@@ -158,7 +153,7 @@ def missing_for(kind: str) -> str | None:
         raise RobustnessError(f"kind={kind!r} is unknown; the kit knows {', '.join(KINDS)}.")
     if kind != "synonyms":
         return None
-    from .resources import NLTK_STOPWORDS, NLTK_WORDNET
+    from .attacks.resources import NLTK_STOPWORDS, NLTK_WORDNET
 
     return next((what.lack() for what in (NLTK_WORDNET, NLTK_STOPWORDS) if what.lack()), None)
 
@@ -216,6 +211,21 @@ def _noisy(text: str, kind: str, rate: float, key: str) -> _Noisy:
     return _Noisy("".join(parts) + text[end:], words, changed)
 
 
+def _noisy_rows(
+    texts: Sequence[Sequence[str]], indices: Sequence[int], kind: str, rate: float, seed: int
+) -> list[list[_Noisy]]:
+    return [
+        [_noisy(part, kind, rate, f"{seed}/{kind}/{index}/{column}") for column, part in enumerate(text)]
+        for index, text in zip(indices, texts, strict=True)
+    ]
+
+
+def noisy_texts(texts: Sequence[Text], kind: str, rate: float, seed: int = 0) -> list[tuple[str, ...]]:
+    """Return all texts of a data set under noise, as `evaluate_noise` evaluates them."""
+    rows = [(text,) if isinstance(text, str) else text for text in texts]
+    return [tuple(part.text for part in row) for row in _noisy_rows(rows, range(len(rows)), kind, rate, seed)]
+
+
 @dataclass(frozen=True)
 class NoiseResult:
     """Accuracies of one model under noise, each a fraction with its 95 % Wilson interval.
@@ -227,23 +237,25 @@ class NoiseResult:
         unavailable: Kind that could not run -> what it needs.
     """
 
-    clean: Figure
-    noisy: dict[str, dict[float, Figure]]
+    clean: Estimate
+    noisy: dict[str, dict[float, Estimate]]
     words_changed: dict[str, dict[float, float]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
-    def figures(self) -> dict[str, Figure]:
-        """Return the figures under the names that result files use, with the mean over all kinds and rates."""
-        found = {"clean/accuracy": self.clean}
-        values = []
-        for kind, by_rate in self.noisy.items():
-            for rate, figure in by_rate.items():
-                found[f"noise/{kind}@{rate:g}/accuracy"] = figure
-                values.append(figure.value)
-        present = [value for value in values if value is not None]
-        # Without interval: the same texts under several kinds of noise are not independent.
-        found["noise/mean/accuracy"] = Figure(sum(present) / len(present) if present else None)
-        return found
+    @property
+    def mean(self) -> float | None:
+        """Mean accuracy over all kinds and rates. Without interval: the texts under several kinds are the same."""
+        values = [e.value for by_rate in self.noisy.values() for e in by_rate.values() if e.value is not None]
+        return sum(values) / len(values) if values else None
+
+    def rows(self) -> list[Row]:
+        """Return the figures as rows of a result file."""
+        found = [
+            Row("noise_accuracy", estimate, kind, rate)
+            for kind, by_rate in self.noisy.items()
+            for rate, estimate in by_rate.items()
+        ]
+        return [Row("clean_accuracy", self.clean), *found]
 
 
 def evaluate_noise(
@@ -290,87 +302,14 @@ def evaluate_noise(
             "no kind of noise can run: " + "; ".join(unavailable.values() or ["none was named."])
         )
     predictor = Predictor.for_examples(model, tokenizer, examples, **options)
-    clean = share_figure(predictor.correct(examples))
-    noisy: dict[str, dict[float, Figure]] = {kind: {} for kind in runnable}
+    clean = share(predictor.correct(examples))
+    noisy: dict[str, dict[float, Estimate]] = {kind: {} for kind in runnable}
     words_changed: dict[str, dict[float, float]] = {kind: {} for kind in runnable}
     settings = [(kind, rate) for kind in runnable for rate in rates]
     for kind, rate in tqdm(settings, desc="noise", disable=not progress):
-        rows = [
-            [_noisy(part, kind, rate, f"{seed}/{kind}/{index}/{column}") for column, part in enumerate(text)]
-            for index, text in zip(examples.indices, examples.texts, strict=True)
-        ]
+        rows = _noisy_rows(examples.texts, examples.indices, kind, rate, seed)
         guesses = predictor.classes([tuple(part.text for part in row) for row in rows])
-        noisy[kind][rate] = share_figure([a == b for a, b in zip(guesses, examples.labels, strict=True)])
+        noisy[kind][rate] = share([a == b for a, b in zip(guesses, examples.labels, strict=True)])
         words = sum(part.words for row in rows for part in row)
         words_changed[kind][rate] = sum(part.changed for row in rows for part in row) / max(1, words)
     return NoiseResult(clean, noisy, words_changed, unavailable)
-
-
-def plot_noise(results: Mapping[str, NoiseResult], path: str | os.PathLike[str] | None = None) -> Picture:
-    """Draw accuracy against the rate of noise, one panel per kind, one line per model.
-
-    Args:
-        results: Name of each model -> its result.
-        path: Where to save the picture; its ending decides the format. None does not save it.
-
-    Raises:
-        RobustnessError: If there is nothing to draw.
-    """
-    curves = {
-        name: {kind: {0.0: result.clean, **by_rate} for kind, by_rate in result.noisy.items()}
-        for name, result in results.items()
-    }
-    return plot_curves(curves, path)
-
-
-def plot_curves(
-    curves: Mapping[str, Mapping[str, Mapping[float, Figure]]], path: str | os.PathLike[str] | None = None
-) -> Picture:
-    """Draw noise curves: model -> kind -> rate -> accuracy, with a band where a figure has bounds.
-
-    Raises:
-        RobustnessError: If there is nothing to draw.
-    """
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import PercentFormatter
-
-    kinds = _in_order(kind for by_kind in curves.values() for kind in by_kind)
-    if not kinds:
-        raise RobustnessError("curves are empty: there is no noise result to plot.")
-    columns = min(4, len(kinds))
-    rows = -(-len(kinds) // columns)
-    figure = Canvas(figsize=(max(6.5, 3.1 * columns), 2.7 * rows + 1.3), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes, kind in zip(panels, kinds, strict=False):
-        for number, (name, by_kind) in enumerate(curves.items()):
-            points = sorted((r, f) for r, f in by_kind.get(kind, {}).items() if f.value is not None)
-            if not points:
-                continue
-            rates = [rate for rate, _ in points]
-            style = style_of(number)
-            axes.plot(rates, [f.value for _, f in points], markersize=3, label=name, **style)
-            low = [f.value if f.low is None else f.low for _, f in points]
-            high = [f.value if f.high is None else f.high for _, f in points]
-            axes.fill_between(rates, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes.set_title(kind, fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.xaxis.set_tick_params(labelbottom=True)
-        axes.set_xlabel("share of words hit", fontsize=9)
-    for axes in list(figure.axes)[len(kinds) :]:
-        axes.set_visible(False)
-    figure.suptitle("Accuracy under noise")
-    figure.supylabel("accuracy", fontsize=10)
-    handles = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    legend_below(figure, handles)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))

@@ -24,13 +24,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Modules need not agree: a frozen backbone is often in evaluation mode under a head in training mode.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    with _in_mode(model, training=False):
+        yield
+
+
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in modes:
+            module.training = mode
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -180,11 +186,12 @@ class Predictor:
         logits = logits.float()
         return logits if self.order is None else logits[:, self.order]
 
-    def __call__(self, texts: Sequence[Text]) -> Tensor:
+    def __call__(self, texts: Sequence[Text], training: bool = False) -> Tensor:
         """Score texts.
 
         Args:
             texts: Sentences, or pairs of sentences.
+            training: Run in training mode, that is with dropout.
 
         Returns:
             Logits, float32 on the CPU, of shape `[texts, classes]`, in the order of the texts.
@@ -196,7 +203,7 @@ class Predictor:
         if len(texts) <= self.batch_size:
             by_length = list(range(len(texts)))
         scores: Tensor | None = None
-        with evaluating(self.model), torch.no_grad():
+        with _in_mode(self.model, training), torch.no_grad():
             for start in range(0, len(texts), self.batch_size):
                 positions = by_length[start : start + self.batch_size]
                 logits = self.forward(self.encode([texts[position] for position in positions])).cpu()

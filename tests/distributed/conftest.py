@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.distributed.cells import PRECISIONS, STRATEGIES, Cell
+from tests.helpers.task import tiny_task
 
 _OUTCOMES = pytest.StashKey[dict[Cell, tuple[str, str]]]()
 Record = Callable[[Cell, str, str], None]
@@ -21,6 +22,12 @@ def record_outcome(request: pytest.FixtureRequest) -> Record:
         outcomes[cell] = outcome, reason
 
     return record
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a tiny model and of data for it, see `tiny_task`."""
+    return tiny_task(tmp_path_factory.mktemp("inputs"))
 
 
 def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:

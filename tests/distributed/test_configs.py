@@ -12,11 +12,11 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from tests.test_examples_train import ROOT, inputs, options
+from tests.distributed.processes import ROOT
+from tests.helpers.task import options
 
 pytestmark = pytest.mark.distributed
 CONFIGS = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml"))
-__all__ = ["inputs"]
 
 
 def launched(config: str) -> tuple[dict[str, str], int]:

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from tests.distributed.processes import ROOT, kill, start, until, wait
-from tests.test_examples_train import assert_same_run, inputs, options
+from tests.helpers.task import assert_same_run, options
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3000)]
 FEW_AND_MANY = [pytest.param(2, id="2 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
-__all__ = ["inputs"]
 # Accelerate calls the device of one of several CPU processes "cpu:0"; there the Trainer loads no optimizer.
 DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu"}
 
@@ -28,7 +27,9 @@ def run(ranks: int, command: list[str], log: Path, **environment: str) -> None:
 def checkpoints(folder: Path) -> set[tuple[str, int]]:
     """Complete and incomplete checkpoints under their final name; a replaced one counts anew."""
     try:
-        return {(path.name, path.stat().st_ino) for path in folder.glob("checkpoint*") if path.suffix != ".partial"}
+        return {
+            (path.name, path.stat().st_ino) for path in folder.rglob("checkpoint*/*") if ".partial" not in str(path)
+        }
     except FileNotFoundError:  # replaced just now
         return checkpoints(folder)
 

@@ -20,10 +20,9 @@ from rose_peft.robustness.data import (
     load_hub,
 )
 from rose_peft.robustness.errors import DataError, LabelMismatchError, UnknownTaskError
+from rose_peft.robustness.estimate import Estimate
 from rose_peft.robustness.labels import label_order
-from rose_peft.robustness.results import Figure
-
-from .conftest import KeywordModel
+from tests.helpers.victims import KeywordModel
 
 WITH_COUNTERPART = [task for task in TASKS.values() if task.adv_config]
 
@@ -97,12 +96,15 @@ def test_adv_glue_reports_each_source_beside_the_clean_accuracy(tokenizer, tmp_p
     pandas.DataFrame(
         {"sentence": ["good", "goood", "bad", "gud"], "label": [1, 1, 0, 1], "method": ["human", "bug", "bug", "bug"]}
     ).to_json(tmp_path / "adv_glue/adv_sst2/validation.jsonl", orient="records", lines=True)
-    figures = evaluate_adv_glue(KeywordModel(tokenizer), tokenizer, "sst2", data_dir=tmp_path).figures()
-    assert figures["clean/accuracy"].value == pytest.approx(2 / 3)
-    assert (figures["adv_glue/accuracy"].value, figures["adv_glue/accuracy"].n) == (0.5, 4)
-    assert figures["adv_glue/accuracy"].low == pytest.approx(0.1500, abs=1e-4)
-    assert figures["adv_glue/source/bug/accuracy"].value == pytest.approx(1 / 3)
-    assert figures["adv_glue/source/human/accuracy"] == Figure(1.0, 1, pytest.approx(0.2065, abs=1e-4), 1.0)
+    figures = {
+        (row.measure, row.part): row.estimate
+        for row in evaluate_adv_glue(KeywordModel(tokenizer), tokenizer, "sst2", data_dir=tmp_path).rows()
+    }
+    assert figures["clean_accuracy", ""].value == pytest.approx(2 / 3)
+    assert (figures["robust_accuracy", "AdvGLUE"].value, figures["robust_accuracy", "AdvGLUE"].n) == (0.5, 4)
+    assert figures["robust_accuracy", "AdvGLUE"].low == pytest.approx(0.1500, abs=1e-4)
+    assert figures["source_accuracy", "bug"].value == pytest.approx(1 / 3)
+    assert figures["source_accuracy", "human"] == Estimate(1.0, 1, pytest.approx(0.2065, abs=1e-4), 1.0)
 
 
 @pytest.mark.parametrize("task", ["cola", "wnli"])

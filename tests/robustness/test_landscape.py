@@ -21,12 +21,11 @@ from rose_peft.robustness.landscape import (
     classification_loss,
     hessian_trace,
     loss_surface,
-    plot_surfaces,
     worst_loss,
 )
+from rose_peft.robustness.plotting import plot_surfaces
 from rose_peft.robustness.predict import Predictor
-
-from .conftest import tiny_bert
+from tests.helpers.victims import tiny_bert
 
 EXAMPLES = Examples((("good film",), ("a bad dull story",), ("it was great",), ("boring",)), (1, 0, 1, 0))
 

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rose_peft.robustness import noise, resources
+from rose_peft.robustness import noise
+from rose_peft.robustness.attacks import resources
 from rose_peft.robustness.data import Examples
 from rose_peft.robustness.errors import LabelMismatchError, MissingResourceError, RobustnessError
 from rose_peft.robustness.homoglyphs import HOMOGLYPHS
-from rose_peft.robustness.noise import KINDS, add_noise, evaluate_noise, plot_noise
-
-from .conftest import KeywordModel, tiny_bert
+from rose_peft.robustness.noise import KINDS, add_noise, evaluate_noise
+from rose_peft.robustness.plotting import plot_noise
+from rose_peft.robustness.results import find
+from tests.helpers.victims import KeywordModel, tiny_bert
 
 WITHOUT_LISTS = [kind for kind in KINDS if kind != "synonyms"]
 TEXT = "The  movie's plot was surprisingly entertaining , though OVERLONG .\n"
@@ -100,7 +102,7 @@ def test_synonyms_come_from_wordnet_and_keep_the_case(seed: int) -> None:
     pytest.importorskip("nltk")
     import nltk
 
-    from .conftest import nltk_folder
+    from tests.helpers.victims import nltk_folder
 
     nltk.data.path.insert(0, nltk_folder())
     noisy = add_noise("The Movie was wonderful , and it was 9 ...", "synonyms", 1, seed).split()
@@ -125,10 +127,9 @@ def test_accuracy_per_kind_and_rate_is_counted(tokenizer, keyword_model: Keyword
     assert 0.25 < result.noisy["typos"][0.5].value < 1.0
     assert result.words_changed["typos"][1.0] == 1.0
     assert result.noisy["casing"][1.0].value == 1.0
-    figures = result.figures()
-    assert figures["noise/typos@1/accuracy"].n == 40
+    assert find(result.rows(), "noise_accuracy", "typos", 1.0).n == 40
     values = [figure.value for rates in result.noisy.values() for figure in rates.values()]
-    assert figures["noise/mean/accuracy"].value == pytest.approx(sum(values) / 4)
+    assert result.mean == pytest.approx(sum(values) / 4)
     picture = plot_noise({"a": result, "b": result}, tmp_path / "noise.png")
     assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
     assert [axes.get_title() for axes in picture.axes] == ["typos", "casing"]
@@ -139,7 +140,7 @@ def test_words_changed_are_counted_over_all_texts(tokenizer, keyword_model: Keyw
     result = evaluate_noise(keyword_model, tokenizer, data, kinds=["typos", "deletions"], rates=[1.0], progress=False)
     # Of ten words the comma and the number have no letters to hit, and three "a" no letter to lose.
     assert result.words_changed == {"typos": {1.0: 0.8}, "deletions": {1.0: 0.5}}
-    assert not any("words_changed" in name for name in result.figures())
+    assert {row.measure for row in result.rows()} == {"clean_accuracy", "noise_accuracy"}
 
 
 def test_the_texts_that_were_evaluated_can_be_made_again(

@@ -13,8 +13,7 @@ from rose_peft.robustness.data import Examples
 from rose_peft.robustness.errors import LabelMismatchError, ModelError
 from rose_peft.robustness.loading import load_classifier
 from rose_peft.robustness.predict import Predictor, evaluating
-
-from .conftest import KeywordModel, tiny_bert
+from tests.helpers.victims import KeywordModel, tiny_bert
 
 TEXTS = ["good film", "the plot is very very boring and dull and bad", "a", "bad story", "it was a great great film"]
 

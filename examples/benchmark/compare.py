@@ -1,0 +1,283 @@
+"""Compare methods over tasks and seeds: a grid in a YAML file, its runs, their measurements, one report.
+
+    python -m examples.benchmark.compare --grid examples/benchmark/grids/evidence.yaml --data_dir DATA \
+        --output_dir examples/benchmark/results/minilm
+
+It runs what is missing and skips what is done, so it can be killed at any moment, started again, and continued on
+another machine that has the output folder. First the settings of `search` are tried with the first seed and the best
+by clean accuracy is kept for each method; then every method is trained with every seed, and the best epoch by clean
+accuracy is measured. Something that fails is named at the end and the rest goes on.
+
+The output folder gets one small JSON file per run and the report; models and checkpoints lie in the runs folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import disable_progress_bars
+from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers.utils import logging
+
+from examples.training.arguments import InputError, reason
+from examples.training.data import load_text
+from examples.training.model import build_model
+from examples.training.run import make_optimizer, tokenize, train_once
+from rose_peft import RoseError
+from rose_peft.robustness import (
+    Estimate,
+    Result,
+    ResultFileError,
+    RobustnessError,
+    Row,
+    load_result,
+    write_report,
+)
+from rose_peft.robustness.results import SUFFIX, write_json
+
+from .cost import ratios, time_in_turn
+from .grid import Candidate, Grid, read_grid
+from .measure import measure
+from .objectives import make_objective
+
+EXPECTED = (InputError, RoseError, RobustnessError)
+
+
+@dataclass
+class CompareArguments:
+    """Run a grid of methods, tasks and seeds, and report."""
+
+    grid: str = field(metadata={"help": "The grid, a YAML file; examples/benchmark/grids/ has some."})
+    output_dir: str = field(metadata={"help": "Folder of the results and the report."})
+    runs_dir: str = field(default="runs/compare", metadata={"help": "Folder of models and checkpoints."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of local data, as for train.py."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Only these tasks of the grid."})
+    methods: list[str] = field(default_factory=list, metadata={"help": "Only these methods of the grid."})
+    seeds: list[int] = field(default_factory=list, metadata={"help": "Only these seeds of the grid."})
+    as_html: bool = field(default=False, metadata={"help": "Write the report as HTML too."})
+
+
+class Comparison:
+    """
+    One call of the script: goes through the grid and writes down what it finds.
+
+    Args:
+        grid: The grid.
+        args: Options.
+    """
+
+    def __init__(self, grid: Grid, args: CompareArguments) -> None:
+        self.grid = grid
+        self.args = args
+        self.failures: list[str] = []
+        self.tasks = _chosen("tasks", args.tasks, list(grid.tasks))
+        self.methods = _chosen("methods", args.methods, list(grid.methods))
+        self.seeds = _chosen("seeds", args.seeds, grid.seeds)
+
+    def run(self) -> None:
+        """Run every cell that is missing: seed by seed, so that what is there at any time can be compared."""
+        for task in self.tasks:
+            for seed in self.seeds:
+                for method in self.methods:
+                    with self._named(f"{task}, {method}, seed {seed}"):
+                        self._cell(task, method, seed)
+            for method in self.methods if self.grid.cost_rounds else []:
+                with self._named(f"{task}, {method}, cost"):
+                    self._cost(task, method)
+
+    @contextmanager
+    def _named(self, part: str) -> Iterator[None]:
+        """Write down what goes wrong in a part of the grid, and go on."""
+        try:
+            yield
+        except Exception as error:  # out of memory, a full disk, a bug of ours: the other parts may still work
+            kind = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+            self.failures.append(f"{part}: {kind}{reason(error)}")
+            print(f"failed: {self.failures[-1]}", file=sys.stderr)
+
+    def _place(self, task: str, method: str) -> Path:
+        return Path(self.args.output_dir) / task / method
+
+    def _folder(self, candidate: Candidate) -> Path:
+        return Path(self.args.runs_dir) / candidate.task / candidate.method / candidate.name
+
+    def _cell(self, task: str, method: str, seed: int) -> None:
+        file = self._place(task, method) / f"seed{seed}{SUFFIX}"
+        winner = self._search(task, method)
+        (candidate,) = [c for c in self.grid.candidates(task, method, seed) if c.searched == winner]
+        evaluation = dataclasses.asdict(self.grid.evaluation)
+        config = {"options": candidate.options, "searched": winner, "evaluation": evaluation}
+        if file.exists():
+            _same(file, load_result(file).config, config)
+            return
+        print(f"{task}, {method}, seed {seed}: {candidate.name}", flush=True)
+        trained = self._trained(candidate)
+        folder = self._folder(candidate)
+        max_length = trained["config"]["max_length"]
+        rows, unavailable = measure(
+            folder / "model",
+            task,
+            self.args.data_dir,
+            max_length,
+            self.grid.evaluation,
+            folder / "attacks",
+            candidate.options.get("robust_files", ()),
+        )
+        best = trained["best"]
+        result = Result(
+            method=method,
+            task=task,
+            seed=seed,
+            rows=rows,
+            config={
+                **config,
+                "epoch": best["epoch"],
+                "steps": trained["steps"],
+                "history": trained["history"],
+                "device": trained["device"],
+                "kept_share": (trained["rose"] or {}).get("kept_share"),
+                "unavailable": unavailable,
+            },
+        )
+        if trained["rose"] is not None and seed == self.grid.seeds[0]:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "masks.png", file.parent / "masks.png")
+            result.images["masks of each unit over the steps"] = "masks.png"
+        result.save(file)
+
+    def _search(self, task: str, method: str) -> dict[str, Any]:
+        """Settings of highest clean accuracy with the first seed; each try is written down as soon as it is known."""
+        candidates = self.grid.candidates(task, method, self.grid.seeds[0])
+        if len(candidates) == 1:
+            return candidates[0].searched
+        file = self._place(task, method) / "search.json"
+        tried: list[dict[str, Any]] = _read_list(file)
+        for candidate in candidates:
+            known = [entry for entry in tried if entry["searched"] == candidate.searched]
+            if known:
+                _same(file, {"options": known[0]["options"]}, {"options": candidate.options})
+                continue
+            print(f"{task}, {method}, search: {candidate.name}", flush=True)
+            clean = self._trained(candidate)["best"]["clean"]["accuracy"]
+            tried.append({"searched": candidate.searched, "options": candidate.options, "clean": clean})
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, tried)
+        settings = [candidate.searched for candidate in candidates]
+        return max((e for e in tried if e["searched"] in settings), key=lambda entry: entry["clean"])["searched"]
+
+    def _trained(self, candidate: Candidate) -> dict[str, Any]:
+        return train_once(candidate.arguments(self._folder(candidate), self.args.data_dir))
+
+    def _cost(self, task: str, method: str) -> None:
+        """Time steps of a method and of the baseline in turn on the same batch."""
+        file = self._place(task, method) / f"cost{SUFFIX}"
+        ours, baseline = (self.grid.candidates(task, m, self.grid.seeds[0])[0] for m in (method, self.grid.baseline))
+        config = {"options": ours.options, "baseline": baseline.options, "rounds": {"rounds": self.grid.cost_rounds}}
+        if file.exists():
+            _same(file, load_result(file).config, config)
+            return
+        print(f"{task}, {method}: cost per step", flush=True)
+        steps = {name: self._stepper(one) for name, one in (("baseline", baseline), ("method", ours))}
+        low, middle, high = ratios(time_in_turn(steps, self.grid.cost_rounds), "baseline")["method"]
+        cost = Row("step_time", Estimate(middle, self.grid.cost_rounds, low, high), self.grid.baseline)
+        Result(method=method, task=task, seed=self.grid.seeds[0], rows=[cost], config=config).save(file)
+
+    def _stepper(self, candidate: Candidate) -> Callable[[], None]:
+        """Make a function that takes a step as `train` does, on one batch."""
+        args = candidate.arguments(self._folder(candidate), self.args.data_dir)
+        text = load_text(args)
+        model, tokenizer = build_model(args, text.labels)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device).train()
+        optimizer, objective = make_optimizer(model, args), make_objective(args)
+        rows = tokenize(text.train.select(range(min(args.batch_size, len(text.train)))), tokenizer, args.max_length)
+        batch = {name: value.to(device) for name, value in DataCollatorWithPadding(tokenizer)(list(rows)).items()}
+        forward = model.forward
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision))
+
+        def autocast_forward(*inputs: Any, **named: Any) -> Any:
+            # Around the forward pass alone, as Accelerate does it.
+            with torch.autocast(device, precision, enabled=precision is not None):
+                return forward(*inputs, **named)
+
+        model.forward = autocast_forward
+
+        def step() -> None:
+            objective(model, batch, lambda loss: loss.backward())
+            if args.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+def _chosen(option: str, asked: list[Any], there: list[Any]) -> list[Any]:
+    for value in asked:
+        if value not in there:
+            raise InputError(f"{option}={value!r} is not in the grid; choose from {', '.join(map(str, there))}.")
+    return [value for value in there if not asked or value in asked]
+
+
+def _same(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to mix results of different settings in one comparison."""
+    for part, settings in wanted.items():
+        have = found.get(part) or {}
+        for name in {**have, **settings}:
+            if have.get(name) != settings.get(name):
+                raise InputError(
+                    f"{name}={have.get(name)!r} in {file}, but the grid says {settings.get(name)!r}; delete the file "
+                    "to make it anew, or pass another --output_dir and --runs_dir."
+                )
+
+
+def _read_list(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is truncated or no JSON ({reason(error)}); delete it to search anew.") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, and return the exit code: 0, 1 if something of the grid failed, 2 if nothing could be done."""
+    (args,) = HfArgumentParser(CompareArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        grid = read_grid(Path(args.grid))
+        comparison = Comparison(grid, args)
+        comparison.run()
+        report = write_report(
+            [args.output_dir],
+            args.output_dir,
+            baseline=grid.baseline,
+            order=list(grid.methods),
+            title=grid.title,
+            as_html=args.as_html,
+        )
+    except (InputError, ResultFileError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for line in comparison.failures:
+        print(f"not in the report: {line}", file=sys.stderr)
+    for line in report.problems:
+        print(f"report: {line}", file=sys.stderr)
+    print(f"\n{report.runs} runs: {report.page}")
+    return 1 if comparison.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

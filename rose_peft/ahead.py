@@ -1,0 +1,92 @@
+"""Masks that are known before the forward call, so that frozen units need no gradient in that step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import masks
+from .config import ROSEConfig
+from .decision import averaged
+from .distributed import Processes
+from .errors import RoseConfigError, UnsupportedEngineError
+from .masks import Ranking
+from .norms import IndexedTensors
+from .scores import Facts, Scores
+from .state import SelectionState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The mask of a step that has not begun, and the parameters that build no gradient in it.
+
+    Args:
+        ranking: What the mask follows from.
+        held_back: Parameters of units with mask 0, whose `requires_grad` is off until the step is taken.
+    """
+
+    ranking: Ranking
+    held_back: Sequence[Tensor]
+
+    def hold_back(self) -> None:
+        """Let the parameters build no gradient."""
+        for param in self.held_back:
+            param.requires_grad_(False)
+
+    def release(self) -> None:
+        """Let them build gradients again."""
+        for param in self.held_back:
+            param.requires_grad_(True)
+
+
+def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: IndexedTensors) -> Plan | None:
+    """Plan the next step from the risk passes before it, or return None where there were none or it is warm-up.
+
+    Args:
+        config: The settings.
+        scores: What units are ranked by.
+        state: What is known.
+        parameters: (unit index, parameter) of everything that trains.
+
+    Raises:
+        RoseConfigError: If the first-order score needs norms that are not known before the step.
+    """
+    mean = averaged(state.risk_average)
+    if mean is None or int(state.steps) < config.warmup_steps:
+        return None
+    if scores.first_order.tensors(()):
+        raise RoseConfigError(
+            f"skip_frozen_gradients=True needs a score that follows from the risk passes alone, and "
+            f"{type(scores.first_order).__name__} asks for norms of the step; leave the option out."
+        )
+    dtype = torch.float64 if parameters[0][1].dtype == torch.float64 else torch.float32
+    facts = Facts(state.units, state.sizes.double(), (), int(state.steps), mean, 1.0, dtype)
+    values, unranked = scores.first_order.score((), facts)
+    absent = torch.ones(len(state.units), dtype=torch.bool)
+    absent[[index for index, _ in parameters]] = False
+    ranking = masks.rank(values, unranked | absent, config.lower_quantile, config.upper_quantile)
+    frozen = {index for index, mask in enumerate(ranking.mask.tolist()) if mask == 0}
+    return Plan(ranking, [param for index, param in parameters if index in frozen])
+
+
+def check_can_skip(host: nn.Module, processes: Processes) -> None:
+    """Refuse to leave gradients out where something counts on every one of them.
+
+    Args:
+        host: The module whose forward call is observed.
+        processes: Who trains the model.
+
+    Raises:
+        UnsupportedEngineError: Naming what it is.
+    """
+    what = "a compiled model (model.compile()) is compiled anew for every mask"
+    if processes.groups:
+        what = "the reducers of DDP and FSDP2 wait for the gradient of every parameter"
+    if processes.groups or getattr(host, "_compiled_call_impl", None) is not None:
+        raise UnsupportedEngineError(
+            f"skip_frozen_gradients=True does not work here: {what}. Leave it out: units are chosen by the same "
+            "scores, one step later."
+        )

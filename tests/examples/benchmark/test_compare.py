@@ -1,0 +1,422 @@
+"""examples.benchmark.compare as a user runs it: a grid killed half way and resumed, the search, failing cells."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rose_peft.robustness import Estimate, RobustnessError, Row, load_result
+from rose_peft.robustness.results import find
+
+ROOT = Path(__file__).parents[3]
+pytest.importorskip("datasets")
+from examples.benchmark import compare, measure  # noqa: E402
+from examples.benchmark.grid import Evaluation, read_grid  # noqa: E402
+from examples.training import run  # noqa: E402
+from examples.training.arguments import InputError  # noqa: E402
+
+ATTACKED = find_spec("textattack") is not None and "NLTK_DATA" in os.environ
+
+
+def content(inputs: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """A grid of two methods and two seeds that takes seconds."""
+    return {
+        "title": "Tiny",
+        "seeds": [0, 1],
+        "tasks": {"sst2": {"max_train_samples": 64}},
+        "common": {"model_name_or_path": inputs["model"], "epochs": 2, "batch_size": 16, "max_length": 32},
+        "search": {"learning_rate": ["1e-3", 3e-3]},
+        "methods": {"plain": {"strategy": "none"}, "ROSE": {"strategy": "ensemble"}},
+        "evaluation": {
+            "noise_rates": [0.3],
+            "noise_kinds": ["typos"],
+            "recipes": ["deepwordbug"] if ATTACKED else [],
+            "attack_examples": 3,
+            "sharpness_examples": 8,
+            "ascent_steps": 1,
+            "probes": 1,
+        },
+        "cost_rounds": 2,
+        **changes,
+    }
+
+
+def options(inputs: dict[str, str], folder: Path, grid: dict[str, Any], *more: str) -> list[str]:
+    """Write the grid and return the command line for it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    places = {"grid": "grid.yaml", "output_dir": "out", "runs_dir": "runs"}
+    line = [part for name, place in places.items() for part in (f"--{name}", str(folder / place))]
+    return [*line, "--data_dir", inputs["data"], *more]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """Everything that a grid found: file -> rows, or the search."""
+    found: dict[str, Any] = {}
+    for file in sorted((folder / "out").rglob("*.json")):
+        name = str(file.relative_to(folder / "out"))
+        if file.name == "search.json":
+            found[name] = json.loads(file.read_text())
+        elif file.name != "cost.result.json":
+            found[name] = load_result(file).rows
+    return found
+
+
+def test_a_grid_killed_half_way_and_resumed_equals_one_in_one_piece(inputs: dict[str, str], tmp_path: Path) -> None:
+    grid = content(inputs)
+    assert compare.main(options(inputs, tmp_path / "whole", grid)) == 0
+    line = options(inputs, tmp_path / "broken", grid)
+    out = tmp_path / "broken" / "out" / "sst2"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # In the search; after half of the cells, in the training of the next one.
+    for sign in (out / "plain" / "search.json", out / "ROSE" / "seed0.result.json"):
+        command = [sys.executable, "-m", "examples.benchmark.compare", *line]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        )
+        while process.poll() is None and not sign.exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert sign.exists() and not (out / "ROSE" / "seed1.result.json").exists()
+    before = (out / "ROSE" / "seed0.result.json").read_bytes()
+    assert compare.main(line) == 0
+    assert (out / "ROSE" / "seed0.result.json").read_bytes() == before
+    found, whole = figures(tmp_path / "broken"), figures(tmp_path / "whole")
+    assert found == whole
+    cells = {f"sst2/{method}/seed{seed}.result.json" for method in ("plain", "ROSE") for seed in (0, 1)}
+    assert set(found) == cells | {f"sst2/{method}/search.json" for method in ("plain", "ROSE")}
+    wanted = {"clean_accuracy", "robust_accuracy", "noise_accuracy", "worst_loss_increase"}
+    wanted |= {"accuracy_under_attack"} if ATTACKED else set()
+    assert all(wanted <= {row.measure for row in found[cell]} for cell in cells)
+    page = (tmp_path / "broken" / "out" / "report.md").read_text()
+    assert "| plain (2 seeds) |" in page and "| ROSE (2 seeds) |" in page and "time of a step, x plain" in page
+    assert "](sst2/ROSE/masks.png)" in page
+
+
+def test_what_is_done_is_not_done_again(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0)
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    assert not list((tmp_path / "g" / "runs").rglob("checkpoints"))
+    monkeypatch.setattr(run, "train", None)
+    monkeypatch.setattr(compare, "measure", None)
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+
+
+class Fake:
+    """Stands in for training and measuring: clean accuracies by learning rate, and a record of what was trained."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clean: dict[float, float]) -> None:
+        self.clean = clean
+        self.trained: list[tuple[str, int, float]] = []
+        monkeypatch.setattr(run, "train", self.train)
+        monkeypatch.setattr(run, "load_text", lambda args: None)
+        monkeypatch.setattr(compare, "measure", self.measure)
+
+    def train(self, args: Any, text: None) -> None:
+        self.trained.append((args.strategy, args.seed, args.learning_rate))
+        folder = Path(args.output_dir)
+        (folder / "model").mkdir(parents=True)
+        best = {"epoch": 1, "clean": {"accuracy": self.clean[args.learning_rate]}}
+        options = {name: value for name, value in vars(args).items() if name not in run.NOT_DEFINING}
+        known = {"best": best, "history": [], "steps": 1, "device": "cpu", "rose": None, "config": options}
+        (folder / "results.json").write_text(json.dumps(known))
+
+    def measure(self, model_dir: Path, *arguments: Any) -> tuple[list[Row], dict[str, str]]:
+        return [Row("clean_accuracy", Estimate(0.5, 10))], {}
+
+
+def test_the_search_keeps_the_best_by_clean_accuracy_for_every_seed(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8, 1e-2: 0.7})
+    grid = content(inputs, search={"learning_rate": [1e-3, 3e-3, 1e-2]}, cost_rounds=0)
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    assert [entry for entry in fake.trained if entry[0] == "none"] == [
+        ("none", 0, 1e-3),
+        ("none", 0, 3e-3),
+        ("none", 0, 1e-2),
+        ("none", 1, 3e-3),
+    ]
+    chosen = load_result(tmp_path / "g" / "out" / "sst2" / "ROSE" / "seed1.result.json").config
+    assert chosen["searched"] == {"learning_rate": 3e-3} and chosen["options"]["learning_rate"] == 3e-3
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, {5e-5: 0.6})
+
+    def measure(model_dir: Path, *arguments: Any) -> Any:
+        if model_dir.parent.parent.name == "ROSE" and model_dir.parent.name == "seed0":
+            raise RobustnessError("no luck today")
+        return Fake.measure(fake, model_dir, *arguments)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    line = options(inputs, tmp_path / "g", content(inputs, search={}, cost_rounds=0))
+    assert compare.main(line) == 1
+    assert "not in the report: sst2, ROSE, seed 0: no luck today" in capsys.readouterr().err
+    assert set(figures(tmp_path / "g")) == {
+        "sst2/plain/seed0.result.json",
+        "sst2/plain/seed1.result.json",
+        "sst2/ROSE/seed1.result.json",
+    }
+    trained = len(fake.trained)
+    monkeypatch.setattr(compare, "measure", fake.measure)
+    assert compare.main(line) == 0  # what failed is tried again, from the model that is there
+    assert len(fake.trained) == trained and "sst2/ROSE/seed0.result.json" in figures(tmp_path / "g")
+
+
+def test_results_of_other_settings_are_not_mixed_in(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {1e-3: 0.6, 2e-3: 0.6})
+    grid = content(inputs, search={}, cost_rounds=0)
+    grid["common"]["learning_rate"] = 1e-3
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    kept = figures(tmp_path / "g")
+    grid["common"]["learning_rate"] = 2e-3
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert "learning_rate=0.001 in" in capsys.readouterr().err
+    grid["common"]["learning_rate"] = 1e-3
+    grid["evaluation"]["noise_rates"] = [0.5]
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert "noise_rates=[0.3] in" in capsys.readouterr().err
+    assert figures(tmp_path / "g") == kept
+
+
+def test_a_truncated_result_is_named_and_kept(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    line = options(inputs, tmp_path / "g", content(inputs, search={}, cost_rounds=0))
+    assert compare.main(line) == 0
+    file = tmp_path / "g" / "out" / "sst2" / "ROSE" / "seed0.result.json"
+    file.write_bytes(file.read_bytes()[:60])
+    assert compare.main(line) == 1
+    assert "seed0.result.json: is truncated or no result file" in capsys.readouterr().err
+    assert len(file.read_bytes()) == 60
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": []}, "seeds=[] must be a list"),
+        ({"seeds": [0, 0]}, "seeds=[0, 0] must be different"),
+        ({"surprise": 1}, "'surprise' is unknown in grid"),
+        ({"baseline": "plane"}, "baseline='plane' is no method"),
+        ({"tasks": {"sst3": None}}, "'sst3' is unknown in tasks; did you mean sst2?"),
+        ({"common": {"epoch": 3}}, "'epoch' is unknown in common; did you mean epochs?"),
+        ({"common": {"seed": 3}}, "'seed' is unknown in common"),
+        ({"methods": {"plain": {"strategy": "nome"}}}, "sst2, plain: strategy='nome' is unknown"),
+        ({"methods": {"plain": {"variant": "random"}}}, "variant='random' does not go with strategy='ensemble'"),
+        ({"methods": {"plain": {"objective": "sam"}}}, "objective='sam' is unknown"),
+        ({"common": {"learning_rate": "fast"}}, "learning_rate='fast' must be of type float"),
+        ({"common": {"epochs": "three"}}, "epochs='three' must be of type int"),
+        ({"common": {"epochs": None}}, "epochs=None must be of type int"),
+        (
+            {"methods": {"plain": {"strategy": "none"}, "x": {"search": {"learning_rate": [1e-3]}}}},
+            "method 'x' searches 1 settings and the baseline 2",
+        ),
+        ({"common": {"learning_rate": 7e-5}}, None),
+        (
+            {"methods": {"plain": {"strategy": "none", "learning_rate": 7e-5}}},
+            "learning_rate of 'plain' is 7e-05 and searched too",
+        ),
+        ({"search": {"learning_rate": 5e-5}}, "learning_rate=5e-05 in search of 'plain' must be a list"),
+        ({"search": {"learning_rate": [5e-5, 5e-5]}}, "must be a list of different values"),
+        ({"search": {"seed": [0, 1]}}, "'seed' is unknown in search of 'plain'"),
+        ({"methods": {"plain": {"search": {"gama": [0.1]}}}}, "'gama' is unknown in search of 'plain'"),
+        ({"methods": {"plain": {"search": None}}}, "search=None of 'plain' must be options"),
+        ({"methods": {"../plain": None}}, "method '../plain' names a folder"),
+        ({"methods": {1: None}}, "1 in methods must be a name"),
+        ({"methods": {"plain": 3}}, "'plain' in methods must be a name with options"),
+        ({"cost_rounds": 1}, "cost_rounds=1 must be 0, or at least 2"),
+        ({"cost_rounds": "x"}, "cost_rounds='x' must be a number"),
+        ({"evaluation": {"noise_rates": 0.3}}, "noise_rates=0.3 must be of type list[float]"),
+        ({"evaluation": {"noise_rates": [30]}}, "noise_rates=[30.0] must be numbers above 0 and at most 1"),
+        ({"evaluation": {"attack_examples": "many"}}, "attack_examples='many' must be of type int"),
+        ({"evaluation": {"probes": -1}}, "probes=-1 must be at least 0"),
+        ({"evaluation": {"noise_kinds": ["typo"]}}, "'typo' is unknown in noise_kinds; did you mean typos?"),
+        ({"evaluation": {"recipes": ["pwss"]}}, "'pwss' is unknown in recipes; did you mean pwws?"),
+        ({"evaluation": {"probe": 1}}, "'probe' is unknown in evaluation; did you mean probes?"),
+    ],
+)
+def test_a_bad_grid_is_one_line_before_anything_runs(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    message: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    grid = {**content(inputs), **changes}
+    if message is None:  # the search goes before what is common to all
+        options(inputs, tmp_path / "g", grid)
+        assert (
+            read_grid(tmp_path / "g" / "grid.yaml").candidates("sst2", "plain", 0)[0].options["learning_rate"] == 1e-3
+        )
+        return
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "g" / "out").exists() and not (tmp_path / "g" / "runs").exists()
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "seeds: [", None])
+def test_a_grid_that_is_none_is_one_line(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(InputError, match="grid"):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_each_run_has_its_own_precision(inputs: dict[str, str], tmp_path: Path) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0)
+    grid["methods"] = {
+        "plain": {"strategy": "none", "mixed_precision": "bf16"},
+        "exact": {"strategy": "none", "mixed_precision": "no"},
+        "unsaid": {"strategy": "none"},
+    }
+    grid["evaluation"] = {"noise_rates": [], "recipes": [], "sharpness_examples": 0}
+    line = options(inputs, tmp_path / "g", grid)
+    assert compare.main(line) == 0
+    precisions, losses = {}, {}
+    for method in grid["methods"]:
+        (file,) = (tmp_path / "g" / "runs" / "sst2" / method).rglob("results.json")
+        results = json.loads(file.read_text())
+        precisions[method] = results["config"]["mixed_precision"]
+        losses[method] = results["history"][-1]["loss"]
+    assert precisions == {"plain": "bf16", "exact": "no", "unsaid": "no"}
+    assert losses["exact"] == losses["unsaid"] != losses["plain"]
+
+
+def test_a_step_is_timed_in_the_precision_of_training(inputs: dict[str, str], tmp_path: Path) -> None:
+    for precision, dtype in (("bf16", torch.bfloat16), ("no", torch.float32)):
+        grid = content(inputs, search={})
+        grid["common"]["mixed_precision"] = precision
+        line = options(inputs, tmp_path / "g", grid)
+        (args,) = compare.HfArgumentParser(compare.CompareArguments).parse_args_into_dataclasses(line)
+        comparison = compare.Comparison(read_grid(tmp_path / "g" / "grid.yaml"), args)
+        seen = []
+        with torch.nn.modules.module.register_module_forward_hook(
+            lambda module, inputs, output: seen.append(output.dtype) if isinstance(module, torch.nn.Linear) else None  # noqa: B023
+        ):
+            comparison._stepper(comparison.grid.candidates("sst2", "ROSE", 0)[0])()
+        assert set(seen) == {dtype}
+
+
+def test_costs_of_other_settings_are_not_mixed_in_and_count_as_no_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    monkeypatch.setattr(compare.Comparison, "_stepper", lambda self, candidate: lambda: None)
+    grid = content(inputs, search={}, cost_rounds=2)
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--seeds", "1")) == 0
+    page = (tmp_path / "g" / "out" / "report.md").read_text()
+    assert "2 runs: 2 methods" in page and "| ROSE (1 seed) |" in page and "seeds 1." in page
+    grid["methods"]["ROSE"]["gamma"] = 0.1
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--seeds", "0")) == 1
+    assert "ROSE, cost: gamma=None in" in capsys.readouterr().err
+
+
+def test_any_error_is_named_and_the_others_run(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, {5e-5: 0.6})
+
+    def train(args: Any, text: None) -> None:
+        if args.strategy == "none":
+            raise MemoryError("no more")
+        fake.train(args, text)
+
+    monkeypatch.setattr(run, "train", train)
+    assert compare.main(options(inputs, tmp_path / "g", content(inputs, search={}, cost_rounds=0))) == 1
+    assert "sst2, plain, seed 1: MemoryError: no more" in capsys.readouterr().err
+    assert set(figures(tmp_path / "g")) == {"sst2/ROSE/seed0.result.json", "sst2/ROSE/seed1.result.json"}
+
+
+def test_what_cannot_be_measured_is_named_in_the_report_and_the_rest_is_kept(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"recipes": ["bae"], "sharpness_examples": 0}
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    found = load_result(tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.result.json")
+    assert found.get("noise_accuracy", "typos", 0.3) and not any(row.part == "bae" for row in found.rows)
+    assert list(found.config["unavailable"]) == ["attacks"]
+    assert "attacks was not measured: " in (tmp_path / "g" / "out" / "report.md").read_text()
+    assert "attacks was not measured: " in capsys.readouterr().err
+
+
+def test_data_without_adv_glue_cost_the_other_figures_nothing(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(Path(inputs["data"]) / "glue", tmp_path / "data" / "glue")
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"recipes": [], "sharpness_examples": 0}
+    there = {**inputs, "data": str(tmp_path / "data")}
+    assert compare.main(options(there, tmp_path / "g", grid)) == 0
+    found = load_result(tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.result.json")
+    assert {"clean_accuracy", "noise_accuracy"} == {row.measure for row in found.rows}
+    assert "holds none of validation.parquet" in found.config["unavailable"]["AdvGLUE"]
+    assert "AdvGLUE was not measured: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")
+def test_a_diverged_model_keeps_the_figures_it_has(inputs: dict[str, str], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(inputs["model"], num_labels=2)
+    model.classifier.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(inputs["model"]).save_pretrained(tmp_path / "model")
+    settings = Evaluation(recipes=["deepwordbug"], attack_examples=3, noise_rates=[], sharpness_examples=8, probes=1)
+    found, unavailable = measure.measure(
+        tmp_path / "model", "sst2", inputs["data"], 32, settings, tmp_path / "attacks"
+    )
+    assert list(unavailable) == ["attacks"] and "scores that are not finite" in unavailable["attacks"]
+    assert find(found, "clean_accuracy").n and find(found, "hessian_trace").value is None
+
+
+@pytest.mark.skipif(not ATTACKED, reason="needs TextAttack and the stop words (NLTK_DATA)")
+def test_the_way_out_that_is_named_works(inputs: dict[str, str], tmp_path: Path) -> None:
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=0, methods={"plain": {"strategy": "none"}})
+    grid["evaluation"] |= {"noise_rates": [], "sharpness_examples": 0}
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    grid["evaluation"]["attack_examples"] = 2
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    (tmp_path / "g" / "out" / "sst2" / "plain" / "seed0.result.json").unlink()
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    found = figures(tmp_path / "g")["sst2/plain/seed0.result.json"]
+    assert find(found, "accuracy_under_attack", "deepwordbug").n == 2
+
+
+def test_only_what_is_asked_for_runs(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    grid = content(inputs, search={}, cost_rounds=0)
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--methods", "plain", "--seeds", "1")) == 0
+    assert set(figures(tmp_path / "g")) == {"sst2/plain/seed1.result.json"}
+    assert compare.main(options(inputs, tmp_path / "g", grid, "--methods", "rose")) == 2
+    assert "methods='rose' is not in the grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "benchmark" / "grids").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_grids_of_the_project_are_sound(path: Path) -> None:
+    assert read_grid(path).baseline == "plain"

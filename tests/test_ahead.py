@@ -1,0 +1,167 @@
+"""Masks that are known before the forward call: frozen units build no gradient, and everything else is as without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rose_peft import (
+    FirstOrder,
+    ROSEConfig,
+    RoseConfigError,
+    Scores,
+    UnsupportedEngineError,
+    attach_rose,
+    detach_rose,
+)
+from tests.helpers.steps import adamw
+from tests.helpers.tiny import batch, tiny_bert
+
+
+def skipping(**options) -> ROSEConfig:
+    fields = {"strategy": "first_order", "risk_pass": "sampled", "upper_quantile": 0.5, "skip_frozen_gradients": True}
+    return ROSEConfig(**{**fields, **options})
+
+
+def forward_backward(model: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    model(**batch(model, size=8, seed=seed)).loss.backward()
+
+
+def test_frozen_units_have_no_gradient_and_do_not_move() -> None:
+    model = tiny_bert()
+    selector = attach_rose(model, skipping())
+    optimizer = adamw(model, weight_decay=0.1)
+    for step in range(8):
+        forward_backward(model, step)
+        without = {unit.name for unit in selector.units for param in unit.parameters() if param.grad is None}
+        without |= {unit.name for unit in selector.units if not unit.parameters()}
+        before = {unit.name: [m._parameters[n].detach().clone() for m, n in unit.slots] for unit in selector.units}
+        optimizer.step()
+        mask = dict(zip([unit.name for unit in selector.units], selector.state.last_mask.tolist(), strict=True))
+        for unit in selector.units:
+            same = all(
+                torch.equal(m._parameters[n], old) for (m, n), old in zip(unit.slots, before[unit.name], strict=True)
+            )
+            assert same == (mask[unit.name] == 0)
+        assert without == ({name for name, share in mask.items() if share == 0} if step else set())
+        assert all(param.requires_grad for param in model.parameters())
+        optimizer.zero_grad()
+    statistics = selector.statistics()
+    assert statistics.steps == 8 and 0.4 < statistics.kept_share < 0.7  # frozen units count as such
+    assert int(selector.state.unit_steps.min()) == 8
+
+
+def test_masks_follow_from_the_passes_before_the_step() -> None:
+    """Each mask is the ranking by the average as the step before left it."""
+    model = tiny_bert()
+    selector = attach_rose(model, skipping(risk_interval=1))
+    optimizer = adamw(model)
+    average = None
+    for step in range(6):
+        forward_backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if average is not None:
+            scores = (average[0] / average[1]).sqrt()
+            kept = scores <= scores.float().quantile(0.5)
+            assert torch.equal(selector.state.last_mask.bool(), kept)
+        average = selector.state.risk_average.clone()
+
+
+def test_accumulation_keeps_one_plan_for_the_step() -> None:
+    model = tiny_bert()
+    selector = attach_rose(model, skipping(risk_interval=1))
+    optimizer = adamw(model)
+    for step in range(4):
+        frozen: list[set[str]] = []
+        for micro in range(3):
+            forward_backward(model, 10 * step + micro)
+            frozen.append({unit.name for unit in selector.units if not unit.parameters()})
+        assert frozen[0] == frozen[1] == frozen[2] and bool(frozen[0]) == (step > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_gradients_of_the_others_are_those_of_plain_training() -> None:
+    model, plain = tiny_bert(), tiny_bert()
+    attach_rose(model, skipping())
+    optimizer = adamw(model, lr=0.0)
+    forward_backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    forward_backward(model, 1)
+    forward_backward(plain, 1)
+    found = [(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True)]
+    assert any(a is None for a, _ in found)
+    assert all(torch.equal(a, b) for a, b in found if a is not None)
+
+
+def test_gradients_left_at_zero_do_not_move_frozen_units() -> None:
+    model = tiny_bert()
+    selector = attach_rose(model, skipping())
+    optimizer = adamw(model, weight_decay=0.1)
+    for step in range(4):
+        forward_backward(model, step)
+        before = [[m._parameters[n].detach().clone() for m, n in unit.slots] for unit in selector.units]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        for unit, old, share in zip(selector.units, before, selector.state.last_mask.tolist(), strict=True):
+            same = [torch.equal(m._parameters[n], o) for (m, n), o in zip(unit.slots, old, strict=True)]
+            assert all(same) == (share == 0)
+
+
+def test_detaching_between_forward_and_step_gives_the_gradients_back() -> None:
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    optimizer = adamw(model)
+    forward_backward(model, 0)
+    optimizer.step()
+    forward_backward(model, 1)
+    assert not all(param.requires_grad for param in model.parameters())
+    detach_rose(model)
+    assert all(param.requires_grad for param in model.parameters())
+
+
+def test_a_layer_that_the_user_froze_stays_frozen() -> None:
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    model.bert.encoder.layer[0].requires_grad_(False)
+    optimizer = adamw(model)
+    for step in range(3):
+        forward_backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not any(param.requires_grad for param in model.bert.encoder.layer[0].parameters())
+
+
+class Asking(FirstOrder):
+    """Wants a norm of the step that has not begun."""
+
+    def tensors(self, stepping):
+        return ([(entry.index, entry.gradient) for entry in stepping],)
+
+
+def test_a_score_that_asks_for_norms_of_the_step_is_refused() -> None:
+    model = tiny_bert()
+    attach_rose(model, skipping(), scores=Scores(first_order=Asking()))
+    optimizer = adamw(model)
+    forward_backward(model, 0)
+    optimizer.step()
+    with pytest.raises(RoseConfigError, match=r"skip_frozen_gradients=True.*Asking"):
+        forward_backward(model, 1)
+
+
+@pytest.mark.parametrize("options", [{"strategy": "ensemble"}, {"risk_pass": "paired"}])
+def test_strategies_that_need_every_gradient_are_refused(options: dict[str, str]) -> None:
+    with pytest.raises(RoseConfigError, match=r"skip_frozen_gradients=True.*first_order.*sampled"):
+        skipping(**options)
+
+
+def test_compiled_models_are_refused() -> None:
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    model.compile(backend="eager")
+    with pytest.raises(UnsupportedEngineError, match=r"skip_frozen_gradients=True.*compiled"):
+        model(**batch(model))
