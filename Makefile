@@ -43,6 +43,7 @@ package: $(VENV_PACKAGE)/.installed
 	$(VENV_PACKAGE)/bin/python -m build --quiet --outdir build/package .
 	$(VENV_PACKAGE)/bin/twine check --strict build/package/*
 	.ci/use-wheel $(PYTHON) build/package/*.whl build/empty
+	rm -rf build/empty
 
 $(VENV4)/.installed: pyproject.toml .ci/constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV4)

@@ -1,4 +1,4 @@
-"""A user's program: a training step with the installed package, and a card. mypy reads it against the wheel's types."""
+"""A user's program: a step with the installed package, and a card. mypy reads it against the wheel's types."""
 
 import sys
 from pathlib import Path
