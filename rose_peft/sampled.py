@@ -14,7 +14,6 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .distributed import whole_parameters
 from .inputs import has_cache, take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .risk import Call, Head, RiskWindow
@@ -65,7 +64,8 @@ def sampled_pass(
 ) -> None:
     """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
 
-    The gradient runs through this pass alone; to be called `aside`.
+    The gradient runs through this pass alone; to be called `aside`, where the modules show
+    whole parameters.
 
     Args:
         sample: The rows.
@@ -76,18 +76,17 @@ def sampled_pass(
         confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
             that are as near as rounding count as equal.
     """
-    with whole_parameters(head.model):
-        first = sample.first if sample.first is not None else _without_gradient(sample, head)
-        second = head.logits(sample.call.again())
-        value, _ = head.divergence(first, second, sample.call.kwargs)
-        if confirm:
-            equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
-        else:
-            equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
-        # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
-        inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
-        retain = any(tensor.requires_grad for tensor in inputs)
-        window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
+    first = sample.first if sample.first is not None else _without_gradient(sample, head)
+    second = head.logits(sample.call.again())
+    value, _ = head.divergence(first, second, sample.call.kwargs)
+    if confirm:
+        equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
+    else:
+        equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
+    # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
+    inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
+    retain = any(tensor.requires_grad for tensor in inputs)
+    window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
 
 
 def _without_gradient(sample: Sample, head: Head) -> Sequence[Tensor]:
