@@ -18,20 +18,6 @@ ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
 RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
-LOADING_NOTE = """\
-## Loading this adapter
-
-The weights were fine-tuned with ROSE (robust selective fine-tuning). PEFT knows the adapter type `ROSE` only after
-`import rose_peft` (`pip install rose-peft`); without it loading ends in `KeyError: 'ROSE'`.
-
-```python
-import rose_peft  # registers ROSE with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
-
 
 @dataclass
 class ROSEConfig(PeftConfig):
@@ -342,17 +328,3 @@ class ROSEConfig(PeftConfig):
             inner = self.base_config.to_dict()
             values["base_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in inner.items()}
         return values
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and say in the folder's model card how the adapter is loaded.
-
-        Args:
-            save_directory: Folder of the adapter; `PeftModel.save_pretrained` writes the card before the config.
-            **kwargs: As in `PeftConfig.save_pretrained`.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        card = os.path.join(save_directory, "README.md")
-        if os.path.exists(card):
-            with open(card, "r+", encoding="utf-8") as file:
-                if LOADING_NOTE.strip() not in file.read():
-                    file.write("\n" + LOADING_NOTE.strip() + "\n")
