@@ -64,6 +64,30 @@ def _adam_like(group: Group) -> MomentumRule | None:
     return MomentumRule("exp_avg", 1 - float(betas[0]), _sign(group))
 
 
+def _bitsandbytes(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRule | None:
+    """The momentum of bitsandbytes' optimizers: `state1`, of 8 bits per number in large parameters."""
+    betas, name = group["betas"], getattr(optimizer, "optimizer_name", "")
+    if name == "momentum" and betas[0]:
+        fresh, stationary = 1.0, 1 - float(betas[0])
+    elif name in ("adam", "lion"):
+        fresh, stationary = 1 - float(betas[1 if name == "lion" else 0]), 1.0
+    else:
+        return None
+    return MomentumRule("state1", fresh, stationary, ("absmax1",), _dequantized)
+
+
+def _dequantized(state: dict[str, Any], param: Tensor) -> Tensor:
+    momentum = state["state1"]
+    if momentum.dtype != torch.uint8:
+        return momentum
+    from bitsandbytes.functional import dequantize_blockwise
+
+    blocks = {"absmax": state["absmax1"], "code": state["qmap1"], "blocksize": _BLOCK}
+    return dequantize_blockwise(momentum, **blocks).view_as(param)
+
+
+# Numbers in one block of bitsandbytes' optimizer states, which have one scale in common.
+_BLOCK = 256
 _RULES: dict[type[torch.optim.Optimizer], RuleReader] = {torch.optim.SGD: _sgd}
 
 
@@ -88,6 +112,8 @@ def momentum_rule(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRul
     for cls in type(optimizer).__mro__:
         if cls in _RULES:
             return _RULES[cls](optimizer, group)
+        if cls.__module__ == "bitsandbytes.optim.optimizer" and cls.__name__ == "Optimizer8bit":
+            return _bitsandbytes(optimizer, group)
     # Both come from several packages, with the same settings and state.
     name = type(optimizer).__name__
     if name == "Muon" and "momentum" in group:

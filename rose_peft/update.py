@@ -128,8 +128,8 @@ class MaskedStep:
     def _save(self, item: Masked) -> _Saved:
         state = self._optimizer.state.get(item.part.holder, {})
         keys = [key for key, value in state.items() if _is_kept(key, value, item)]
-        if item.rule is not None and item.share == 0 and item.rule.key not in keys:
-            keys.append(item.rule.key)
+        if item.rule is not None and item.share == 0:
+            keys += [key for key in (item.rule.key, *item.rule.companions) if key not in keys]
         values = {key: self._copied(state.get(key), item.part) for key in keys}
         return _Saved(item, item.part.of(item.part.holder).detach().clone(), values, fresh_state=not state)
 
