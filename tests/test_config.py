@@ -173,6 +173,7 @@ def test_every_field_has_help_and_defaults_are_those_of_the_readme() -> None:
         "target_modules": None,
         "exclude_modules": None,
         "modules_to_save": None,
+        "original_weights": "keep",
         "base_config": None,
     }
     assert all(len(field.metadata.get("help", "")) > 20 for field in own.values())
