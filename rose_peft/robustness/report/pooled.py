@@ -47,8 +47,8 @@ def pooled_robustness(frame: DataFrame, methods: Sequence[str], baseline: str) -
     units = table.apply(_spread_within_methods)
     flat = units.index[~(units > _NO_SPREAD)]
     left_out = [
-        f"{task}: {measure.replace('_', ' ')} {part} is not in the pooled figure, as it does not vary between seeds of "
-        "a method."
+        f"{task}: {measure.replace('_', ' ')} {part} is not in the pooled figure, as it does not vary between seeds "
+        "of a method."
         for task, measure, part, _ in flat
     ]
     table = (table / units).drop(columns=flat)

@@ -145,8 +145,8 @@ def pooled_table(pooled: DataFrame, baseline: str) -> list[str]:
         "## All test sets together",
         "",
         f"How much more robust than {baseline}, as one figure per method: on each test set the difference with the "
-        "same seed, in standard deviations over seeds within methods; the mean over all sets, each counting the same; then "
-        "the mean over seeds with its 95 % intervals.",
+        "same seed, in standard deviations over seeds within methods; the mean over all sets, each counting the same; "
+        "then the mean over seeds with its 95 % intervals.",
         "",
         *_head(["pooled robustness", "by Student's t", "by the bootstrap", "seeds", "test sets"]),
         *rows,
