@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +63,7 @@ def sampled_pass(
 ) -> None:
     """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
 
-    The gradient runs through this pass alone; to be called `aside`, where the modules show
-    whole parameters.
+    The gradient runs through this pass alone; to be called `aside`, where the modules show whole parameters.
 
     Args:
         sample: The rows.
@@ -150,15 +148,16 @@ def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 def _own_draws(module: nn.Module) -> Iterator[None]:
     """Draw from generators that follow from the user's and leave them where they are.
 
-    The seed is made of all their states, so that a run that is resumed with them draws the same again.
+    The seed is made of the states of torch's, so that a run that is repeated or resumed with them draws the same
+    again. Those of Python and NumPy stay out of it: who draws from torch alone need not seed them.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     generators = [_generator(device) for device in sorted(devices, key=str)]
     plain, numbers, states = random.getstate(), numpy.random.get_state(), [each.get_state() for each in generators]
     cpu = torch.get_rng_state()
-    everything = [plain, numbers, *(state.numpy().tobytes() for state in [cpu, *states])]
-    seed = int.from_bytes(hashlib.blake2b(pickle.dumps(everything), digest_size=8).digest(), "little") % 2**63
+    digest = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in [cpu, *states]), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") % 2**63
     try:
         # Not torch.manual_seed, which seeds every device there is.
         for generator in [torch.default_generator, *generators]:

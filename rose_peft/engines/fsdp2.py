@@ -75,7 +75,7 @@ class Fsdp2(Plain):
 
     def whole_parameters(self) -> AbstractContextManager[None]:
         """Keep whole what is gathered inside, and give back afterwards what was sharded before."""
-        return _kept_whole(self._model)
+        return _kept_whole(self._host, self._model)
 
     def gradient_holders(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
         """The shards."""
@@ -125,11 +125,14 @@ def _is_fsdp2(param: DTensor) -> bool:
 
 
 @contextmanager
-def _kept_whole(model: nn.Module) -> Iterator[None]:
-    groups = [group for module in sharded_modules(model) for group in _parameter_groups(module)]
+def _kept_whole(host: nn.Module, model: nn.Module) -> Iterator[None]:
+    groups = [group for module in sharded_modules(host) for group in _parameter_groups(module)]
     before = [(group, group.post_forward_mesh_info, group.is_sharded) for group in groups]
     for group in groups:
         group.post_forward_mesh_info = None
+    for module in (host, model):  # they are called past their own hooks
+        if isinstance(module, FSDPModule):
+            module.unshard()
     try:
         yield
     finally:

@@ -23,11 +23,17 @@ class Cell:
     strategy: str
     refusal: str = ""
     obstacle: str = ""
+    risk_pass: str = "paired"
+
+    @property
+    def way(self) -> str:
+        """Strategy and risk pass in a word."""
+        return self.strategy if self.risk_pass == "paired" else f"{self.strategy}_{self.risk_pass}"
 
     @property
     def name(self) -> str:
         """Unique name, for files and test ids."""
-        return f"{self.engine}-{self.loop}-{self.precision}-{self.strategy}"
+        return f"{self.engine}-{self.loop}-{self.precision}-{self.way}"
 
     @property
     def ranks(self) -> int:
@@ -38,7 +44,7 @@ class Cell:
     def reference(self) -> str:
         """Name of the cell that does the same in one process; empty where rounding makes them differ."""
         exact = self.engine in ENGINES[1:] and self.precision in ("float32", "float64") and not self.refusal
-        return f"one-{self.loop}-{self.precision}-{self.strategy}" if exact else ""
+        return f"one-{self.loop}-{self.precision}-{self.way}" if exact else ""
 
 
 def _obstacle(loop: str, precision: str) -> str:
@@ -63,9 +69,20 @@ def _refused() -> list[Cell]:
     return cells
 
 
+def _sampled() -> list[Cell]:
+    """Sampled passes under each engine, in each loop and in each precision, and where only paired ones are refused."""
+    ways = [(engine, "plain", precision) for engine in ENGINES for precision in ("float32", "bf16_autocast")]
+    ways += [("one", "plain", precision) for precision in ("fp16_autocast", "bf16", "float64")]
+    ways += [(engine, loop, "float32") for engine in ("one", "ddp", "fsdp2") for loop in ("accelerate", "trainer")]
+    ways += [("one", loop, "float32") for loop in (*ELSEWHERE, "checkpointing", "reentrant")]
+    ways += [("ddp", "reentrant", "float32")]
+    return [Cell(*way, "ensemble", risk_pass="sampled") for way in ways]
+
+
 CELLS = [
     Cell(engine, loop, precision, strategy, obstacle=_obstacle(loop, precision))
     for engine, loop, precision, strategy in product(ENGINES, LOOPS, PRECISIONS, STRATEGIES)
 ]
 CELLS += [Cell("one", loop, "float32", strategy) for loop, strategy in product(ELSEWHERE, STRATEGIES)]
 CELLS += _refused()
+CELLS += _sampled()

@@ -77,14 +77,14 @@ def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
             notes = reasons.setdefault(f"{outcome}: {reason}", [])
             notes.append(f"{cell.engine} {cell.loop}")
             outcome += f" [{list(reasons).index(f'{outcome}: {reason}') + 1}]"
-        rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.strategy] = outcome
+        rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.way] = outcome
     lines = [f"{'engine':14s}{'loop':15s}" + "".join(f"{precision:16s}" for precision in PRECISIONS)]
     for (engine, loop), columns in rows.items():
         line = f"{engine:14s}{loop:15s}"
         extra = []
         for precision in PRECISIONS:
             found = columns.get(precision, {})
-            same = len(set(found.values())) == 1 and len(found) == len(STRATEGIES)
+            same = len(set(found.values())) == 1 and len(found) >= len(STRATEGIES)
             line += f"{next(iter(found.values())) if same else 'see below' if found else '':16s}"
             if found and not same:
                 extra.append(f"{'':29s}{precision}: " + ", ".join(f"{name} {text}" for name, text in found.items()))

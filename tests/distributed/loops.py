@@ -54,7 +54,7 @@ def rows() -> list[dict[str, torch.Tensor]]:
 def build(cell: Cell) -> nn.Module:
     """The model that the cell trains, the same on every rank."""
     special = {"sft": test_loops.causal, "lightning": test_loops.classifier}
-    return special.get(cell.loop, worker.build)(cell.strategy)
+    return special.get(cell.loop, worker.build)(cell.strategy, risk_pass=cell.risk_pass)
 
 
 def steps_of(cell: Cell) -> int:
