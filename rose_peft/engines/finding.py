@@ -74,12 +74,19 @@ class EngineFinder:
             self._checked = True
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
-        """Look before a step: some shards show themselves only there.
+        """Look before a step: some shards show themselves only there, and some engines do not call the model.
 
         Args:
-            parameters: What the optimizer holds.
+            parameters: What the optimizer holds, or the unit parameters where it holds none of them.
+
+        Raises:
+            UnsupportedEngineError: If ROSE would silently do nothing under the engine.
         """
         self._find_shards(parameters)
+        if is_marked(parameters) and not isinstance(self.engine, Zero):
+            zero = find_zero(self.host, parameters)
+            if zero is not None:
+                self._become(zero)
 
     def _find_shards(self, parameters: Sequence[Tensor]) -> None:
         if not any(isinstance(param, DTensor) for param in parameters):
