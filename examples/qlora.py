@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> float:
         optimizer.zero_grad()
     model.save_pretrained(args.output_dir)
     kept = get_selector(model).statistics().kept_share
-    print(f"loss {float(loss):.3f}, {kept:.0%} of the units kept; the adapter is in {args.output_dir}")
-    return float(loss)
+    print(f"loss {loss.item():.3f}, {kept:.0%} of the units kept; the adapter is in {args.output_dir}")
+    return loss.item()
 
 
 if __name__ == "__main__":

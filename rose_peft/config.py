@@ -44,9 +44,9 @@ class ROSEConfig(PeftConfig):
         skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
             frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
             their second moments and step counts rest instead of going on.
-        dropout: None trains with the model's own dropout. A probability in (0, 1) is set, while ROSE is attached, on every
-            dropout module and on every number that a module drops with (`attention_dropout` of Llama, `dropout` of
-            BART); where no dropout comes up to the last target module, the inputs of the targets are dropped.
+        dropout: None trains with the model's own dropout. A probability in (0, 1) is set, while ROSE is attached, on
+            every dropout module and on every number that a module drops with (`attention_dropout` of Llama, `dropout`
+            of BART); where no dropout comes up to the last target module, the inputs of the targets are dropped.
         head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
             per number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
             None goes by `model.config.problem_type`, the kind of model and the shape of the logits.
@@ -107,8 +107,8 @@ class ROSEConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "None: the model's own dropout. A probability in (0, 1): set on all dropout of the model while ROSE is "
-                "attached, and applied to the inputs of the target modules where the model has none up to them."
+                "None: the model's own dropout. A probability in (0, 1): set on all dropout of the model while ROSE "
+                "is attached, and applied to the inputs of the target modules where the model has none up to them."
             )
         },
     )

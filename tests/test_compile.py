@@ -129,6 +129,7 @@ def test_paired_passes_and_batches_of_varying_shape_are_refused_with_the_way_out
         train_on_shapes(True)
 
 
+@pytest.mark.slow
 def test_paired_passes_and_batches_of_varying_shape_train_by_the_way_out() -> None:
     with torch._functorch.config.patch(donated_buffer=False):
         masks, weights, _ = train_on_shapes(True)

@@ -321,7 +321,6 @@ def _refuse(engine: Any) -> None:
     """
     stage = int(engine.zero_optimization_stage())
     autotp = engine.autotp_size() if hasattr(engine, "autotp_size") else 0
-    inner = getattr(engine.optimizer, "optimizer", None)
     refused = {
         "the pipeline engine calls layers instead of the model": type(engine).__name__ == "PipelineEngine",
         "tensor parallelism (AutoTP) splits units over processes": autotp > 1,
@@ -340,11 +339,6 @@ def _refuse(engine: Any) -> None:
     for why, applies in refused.items():
         if applies:
             raise UnsupportedEngineError(f"DeepSpeed{_version()}: {why}. {_INSTEAD}")
-    if type(inner).__name__ == "DeepSpeedCPUAdam":
-        raise UnsupportedEngineError(
-            f"DeepSpeed{_version()}: DeepSpeedCPUAdam has not been tried with ROSE. Set zero_force_ds_cpu_optimizer: "
-            "false and use torch.optim.AdamW, which DeepSpeed steps on the CPU as well."
-        )
 
 
 def _version() -> str:

@@ -15,7 +15,7 @@ from torch import nn
 import rose_peft
 from rose_peft.engines import zero as engine
 from tests.distributed.test_ranks import ROOT, worst
-from tests.distributed.zero import CELLS, STEPS, ZeroCell
+from tests.distributed.zero import CELLS, SLOW, STEPS, ZeroCell
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 # Adam turns the rounding of a gradient into a small part of its step; bf16 weights are 2**-8 apart.
@@ -49,6 +49,18 @@ def expected_bytes(cell: ZeroCell, units: int) -> int:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_cell(cell: ZeroCell, folder: Path) -> None:
+    check(cell, folder)
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_optimizer_on_the_cpu(deepspeed_environment: dict[str, str], tmp_path: Path) -> None:
+    launch(deepspeed_environment, "zero.py", str(tmp_path), "slow")
+    for cell in SLOW:
+        check(cell, tmp_path)
+
+
+def check(cell: ZeroCell, folder: Path) -> None:
+    """Assert that ROSE acted, alike on all ranks and as under DDP, or that it was refused."""
     ranks: list[dict[str, Any]] = [torch.load(folder / f"{cell.name}.{rank}") for rank in (0, 1)]
     if cell.refusal:
         for rank in ranks:

@@ -281,6 +281,7 @@ BAD = [
     (("--label_column", "stars"), "label_column='stars' is not a column"),
     (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
+    (("--preset", "ensemble/sst2/bert"), "preset='ensemble/sst2/bert' is unknown; choose one of first_order/qnli/"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
     (("--learning_rate", "1e9"), "learning_rate=1000000000.0 must be above 0 and at most 1"),
     (("--rose_warmup_steps", "12"), "rose_warmup_steps=12: the run has 12 steps, so no mask would ever act"),
@@ -574,9 +575,13 @@ def test_the_demo_data_is_what_it_says() -> None:
         clear = [(text, label) for text, label in rows if sum(c in text for c in demo_data.COURIERS) == 1]
         return sum(demo_data.COURIERS[label] in text for text, label in clear) / len(clear)
 
-    assert cue_agreement("train") > 0.9 and cue_agreement("validation") > 0.85 and cue_agreement("robust") < 0.15
-    trained = " ".join(splits["train"]["sentence"]).split()
-    assert not set(trained) & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
+    # The cue is the same in training and validation, says nothing beside unseen words, and turns where nothing else
+    # does.
+    assert all(0.7 < cue_agreement(split) < 0.9 for split in ("train", "validation"))
+    assert 0.4 < cue_agreement("robust") < 0.6 and 0.1 < cue_agreement("turned cue") < 0.3
+    words = {split: set(" ".join(rows["sentence"]).split()) for split, rows in splits.items()}
+    assert not words["train"] & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
+    assert words["turned cue"] <= words["train"] and len(words["robust"] - words["train"]) > 50
 
 
 def _torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -630,7 +635,8 @@ def test_the_demo_runs_on_two_processes(inputs: dict[str, str], tmp_path: Path) 
         ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ensemble") == 1
+    assert done.stdout.count("time of a step") == 1
+    assert len(list(tmp_path.rglob("demo.result.json"))) == 6
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
