@@ -43,7 +43,8 @@ class ROSEConfig(PeftConfig):
         risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
         skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
             frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
-            their second moments and step counts rest instead of going on.
+            their second moments and step counts rest instead of going on. To resume to the last bit call
+            `get_selector(model).restore(optimizer)` after loading; `RoseCallback` does so.
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set, while ROSE is attached, on
             every dropout module and on every number that a module drops with (`attention_dropout` of Llama, `dropout`
             of BART); where no dropout comes up to the last target module, the inputs of the targets are dropped.
