@@ -1,7 +1,7 @@
 """Is a trained classifier robust? The kit called from Python: noise, and consistency without labels.
 
     python examples/evaluate.py runs/plain_loop
-    python examples/evaluate.py runs/train/ensemble --output_dir runs/train/ensemble/robustness
+    python examples/evaluate.py runs/train/ROSE/seed0 --output_dir runs/train/ROSE/seed0/robustness
 
 The data are the demo reviews; `load_glue`, `load_file` and `load_hub` have others. For whole data sets, attacks and
 loss landscapes there is `python -m rose_peft.robustness --help`.

@@ -40,6 +40,20 @@ def test_each_is_a_run_that_can_be_made(name: str) -> None:
     assert config is not None and config.upper_quantile == PRESETS[name]["upper_quantile"]
 
 
+def test_they_are_the_table_of_the_documentation() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    (tasks,) = (row[1:] for row in rows if "QNLI" in row)
+    found = {}
+    for name, *cells in (row for row in rows if "RoBERTa" in row[0]):
+        strategy, model = name.split(",")
+        strategy = strategy.split("(")[0].strip().replace(" ", "_")
+        for task, cell in zip(tasks, cells, strict=True):
+            pair = tuple(map(float, cell.split("/")))
+            found[f"{strategy}/{task.lower().replace('-', '')}/{model.strip().lower()}"] = pair
+    assert found == {name: (one["learning_rate"], one["upper_quantile"]) for name, one in PRESETS.items()}
+
+
 def test_options_given_go_first_even_where_they_are_the_default() -> None:
     plain = TrainArguments()
     given = ["--task", "sst2", "--preset", "first_order/rte/roberta-base", "--epochs", str(plain.epochs)]

@@ -143,8 +143,7 @@ def write_report(
                 lines += [f"![{caption}, {task}]({path.name})", ""]
         lines += cost_table(of_task, methods)
     pooled, left_out = pooled_robustness(pandas.concat(shown), methods, baseline)
-    problems += left_out
-    lines = [*pooled_table(pooled, baseline), *lines]
+    lines = [*pooled_table(pooled, left_out, baseline), *lines]
     compared.append(pooled.assign(task="all", baseline=baseline, measure="pooled_robustness"))
     lines += _images(runs, folder, pictures, problems)
     for run in runs:

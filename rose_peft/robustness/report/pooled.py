@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..estimate import bootstrap_mean, paired_difference
+from ..results import MEASURES
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -35,8 +36,8 @@ def pooled_robustness(frame: DataFrame, methods: Sequence[str], baseline: str) -
 
     Returns:
         One line per method with the mean (value), the number of seeds (n) and of test sets (sets), the 95 % interval
-        of Student's t (low, high) and the bootstrap's (bootstrap_low, bootstrap_high); and one line of text for each
-        set left out because no two runs of a method differ on it.
+        of Student's t (low, high) and the bootstrap's (bootstrap_low, bootstrap_high); and the names of the sets that
+        are left out because all seeds of a method agree on them.
     """
     from pandas import DataFrame
 
@@ -45,13 +46,10 @@ def pooled_robustness(frame: DataFrame, methods: Sequence[str], baseline: str) -
         return DataFrame(), []
     table = sets.pivot(index=["method", "seed"], columns=_SET, values="value")
     units = table.apply(_spread_within_methods)
-    flat = units.index[~(units > _NO_SPREAD)]
-    left_out = [
-        f"{task}: {measure.replace('_', ' ')} {part} is not in the pooled figure, as it does not vary between seeds "
-        "of a method."
-        for task, measure, part, _ in flat
-    ]
-    table = (table / units).drop(columns=flat)
+    flat = units.index[units <= _NO_SPREAD]
+    left_out = [f"{task} {MEASURES[measure].title.format(part=part)}" for task, measure, part, _ in flat]
+    unknown = units.index[units.isna()]  # one seed of each method, which says nothing of the spread
+    table = (table / units).drop(columns=[*flat, *unknown])
     known = set(table.index.get_level_values("method"))
     rows = []
     for method in (name for name in methods if name != baseline and {name, baseline} <= known):

@@ -131,7 +131,7 @@ def _difference(estimate: Estimate, column: Column) -> str:
     return (f"**{text}**" if bold else text) + f" ({estimate.n})"
 
 
-def pooled_table(pooled: DataFrame, baseline: str) -> list[str]:
+def pooled_table(pooled: DataFrame, left_out: Sequence[str], baseline: str) -> list[str]:
     """One row per method but the baseline, from what `pooled_robustness` found."""
     if pooled.empty:
         return []
@@ -151,6 +151,7 @@ def pooled_table(pooled: DataFrame, baseline: str) -> list[str]:
         *_head(["pooled robustness", "by Student's t", "by the bootstrap", "seeds", "test sets"]),
         *rows,
         "",
+        *([f"Not among them, as all seeds of a method agree there: {', '.join(left_out)}.", ""] if left_out else []),
     ]
 
 
