@@ -81,8 +81,10 @@ def check(cell: ZeroCell, folder: Path) -> None:
             assert worst(weights, rank["reference"]["weights"]) < CLOSE[cell.precision]
 
 
-@pytest.mark.parametrize("route", ["accelerate", "trainer"])
-@pytest.mark.parametrize("settings", ["paired", "sampled", "second_order"])
+@pytest.mark.parametrize(
+    ("route", "settings"),
+    [("accelerate", "paired"), ("accelerate", "second_order"), ("trainer", "paired"), ("trainer", "sampled")],
+)
 def test_resumed_equals_uninterrupted(
     deepspeed_environment: dict[str, str], tmp_path: Path, route: str, settings: str
 ) -> None:
