@@ -141,7 +141,7 @@ def _write(
 ) -> None:
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path) if os.path.exists(path) else ModelCard.from_template(ModelCardData(), template_str="")
-    _fill_metadata(card.data, config, kind, dataset, metrics, os.path.basename(os.path.abspath(folder)))
+    _fill_metadata(card.data, config, kind, dataset, metrics)
     known = _SECTION.search(card.text)
     figures = _figures(statistics) or (_known_figures(known.group()) if known else "")
     section = f"{_BEGIN}\n{_section(config, kind, figures).strip()}\n{_END}"
@@ -156,7 +156,6 @@ def _fill_metadata(
     kind: str | None,
     dataset: str | None,
     metrics: Mapping[str, float],
-    name: str,
 ) -> None:
     tags = {*(data.tags or []), "rose", *(("peft",) if kind is not None else ())}
     data.tags = sorted(tags)
@@ -167,7 +166,8 @@ def _fill_metadata(
         data.datasets = sorted({*_listed(data.datasets), dataset})
         data.metrics = sorted({*_listed(data.metrics), *metrics})
     if metrics:
-        data.model_name = data.model_name or name
+        base = os.path.basename(str(config.base_model_name_or_path or "").rstrip("/"))
+        data.model_name = data.model_name or f"{base} ROSE".strip()
         data.eval_results = [
             EvalResult(
                 task_type=data.pipeline_tag or "other",

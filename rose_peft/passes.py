@@ -125,7 +125,7 @@ class Passes:
         return None if output is given else output
 
     def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
-        check_can_skip(self.around.host, self._processes)
+        check_can_skip(self.around.host, self._processes, self.around.engine.splits)
         if steered.plan is None:
             steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
         if steered.plan is not None:

@@ -15,6 +15,7 @@ from .decision import Decision, Gathered, decide
 from .distributed import Processes
 from .dropout import TrainingDropout
 from .engines.seam import Engine, Group
+from .engines.zero import refuse_split
 from .errors import AlreadyAttachedError, UnsupportedOptimizerError
 from .flights import Flight, Flights
 from .gather import gather
@@ -62,6 +63,7 @@ class RoseSelector:
         self.scores = scores if scores is not None else Scores()
         self.processes = Processes(process_group)
         self.live = LiveUnits(model, config)
+        refuse_split([param for name in self.live.by_adapter for _, param in self.live.all_parameters(name)])
         self.adapters = steer(self.live, host, {})
         self._current = ""
         # Masked steps in this process; the state's count goes back with a checkpoint.
@@ -187,7 +189,9 @@ class RoseSelector:
         held = self._held(groups)
         if not held:
             for steered in self._training():
-                steered.watchdog.foreign_step(optimizer, self.live.parameters(steered.name))
+                waiting = self.live.parameters(steered.name)
+                self.passes.around.before_step([param for _, param in waiting])
+                steered.watchdog.foreign_step(optimizer, waiting)
             return
         refuse_closure(args, kwargs)
         for name, parameters in held.items():

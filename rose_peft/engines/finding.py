@@ -30,11 +30,11 @@ class EngineFinder:
         self.host = host
         self._model = model
         self._backward = backward
-        self._looked = False
+        self._looked = self._checked = False
         self.engine: Engine = Plain(host)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked": False, "engine": Plain(self.host)}
+        return {**self.__dict__, "_looked": False, "_checked": False, "engine": Plain(self.host)}
 
     def before_forward(self, module: nn.Module, parameters: Sequence[Tensor], paired: bool) -> None:
         """Look before a training pass.
@@ -69,16 +69,24 @@ class EngineFinder:
         Raises:
             UnsupportedEngineError: Naming it and what to use instead.
         """
-        if getattr(module, "_is_replica", False) or not self._looked:
+        if getattr(module, "_is_replica", False) or not self._checked:
             _refuse(module, self._model, parameters)
+            self._checked = True
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
-        """Look before a step: some shards show themselves only there.
+        """Look before a step: some shards show themselves only there, and some engines do not call the model.
 
         Args:
-            parameters: What the optimizer holds.
+            parameters: What the optimizer holds, or the unit parameters where it holds none of them.
+
+        Raises:
+            UnsupportedEngineError: If ROSE would silently do nothing under the engine.
         """
         self._find_shards(parameters)
+        if is_marked(parameters) and not isinstance(self.engine, Zero):
+            zero = find_zero(self.host, parameters)
+            if zero is not None:
+                self._become(zero)
 
     def _find_shards(self, parameters: Sequence[Tensor]) -> None:
         if not any(isinstance(param, DTensor) for param in parameters):

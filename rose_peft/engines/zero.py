@@ -106,9 +106,8 @@ class Zero:
         """All groups of the engine's optimizer, whichever of them it is called with now."""
         if optimizer is not self.optimizer:
             return owned_groups(optimizer)
-        return {
-            id(param): self._settings_of(index) for index, params in enumerate(self._members()) for param in params
-        }
+        settings = [self._settings_of(index) for index in range(len(self._members()))]
+        return {id(param): settings[index] for index, params in enumerate(self._members()) for param in params}
 
     def turn(self, optimizer: Optimizer) -> Turn:
         """Groups are stepped one after the other, in their order."""
@@ -245,6 +244,22 @@ def is_marked(parameters: Sequence[Tensor]) -> bool:
         parameters: As the modules show them.
     """
     return any(hasattr(param, "_hp_mapping") or hasattr(param, "ds_id") for param in parameters)
+
+
+def refuse_split(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters that are not whole when ROSE is attached: their shapes and sizes cannot be told.
+
+    Args:
+        parameters: Of the units.
+
+    Raises:
+        UnsupportedEngineError: If ZeRO stage 3 has split them.
+    """
+    if any(hasattr(param, "ds_id") for param in parameters):
+        raise UnsupportedEngineError(
+            "DeepSpeed ZeRO stage 3 has split the parameters already. Make the model with zero3_init_flag: false and "
+            "attach ROSE before deepspeed.initialize, or use ZeRO stage 2."
+        )
 
 
 def find_zero(host: nn.Module, parameters: Sequence[Tensor]) -> Zero | None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import rose_peft
 from rose_peft.engines import zero as engine
 from tests.distributed.test_ranks import ROOT, worst
 from tests.distributed.zero import CELLS, SLOW, STEPS, ZeroCell
+from tests.helpers.tiny import batch, tiny_bert
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 # Adam turns the rounding of a gradient into a small part of its step; bf16 weights are 2**-8 apart.
@@ -94,18 +94,26 @@ def test_resumed_equals_uninterrupted(
         assert str(one["statistics"]) == str(two["statistics"])  # as text: NaN equals itself
 
 
-class Marked(nn.Linear):
-    """A module whose weight bears the marks of ZeRO."""
-
-    def __init__(self) -> None:
-        super().__init__(2, 2)
-        self.weight._hp_mapping = SimpleNamespace(gradient_dict={})
-
-
 def test_marks_without_an_engine_are_refused() -> None:
-    model = Marked()
+    """As under a pipeline, which calls layers instead of the model: the forward call or the first step tells."""
+    model = tiny_bert()
+    rose_peft.attach_rose(model, rose_peft.ROSEConfig(task_type="SEQ_CLS"))
+    for param in model.parameters():
+        param._hp_mapping = SimpleNamespace(gradient_dict={})
+    copy = torch.nn.Parameter(torch.ones(2))
+    copy.grad = torch.ones(2)
     with pytest.raises(rose_peft.UnsupportedEngineError, match="bear the marks of DeepSpeed"):
-        engine.find_zero(model, [model.weight])
+        torch.optim.AdamW([copy]).step()
+    with pytest.raises(rose_peft.UnsupportedEngineError, match="bear the marks of DeepSpeed"):
+        model(**batch(model))
+
+
+def test_parameters_that_are_split_already_are_refused() -> None:
+    model = tiny_bert()
+    for index, param in enumerate(model.parameters()):
+        param.ds_id = index
+    with pytest.raises(rose_peft.UnsupportedEngineError, match="zero3_init_flag: false"):
+        rose_peft.attach_rose(model, rose_peft.ROSEConfig(task_type="SEQ_CLS"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
@@ -59,6 +60,10 @@ def test_every_way_trains_and_leaves_a_model_that_loads(
     loader = AutoModelForSequenceClassification if plain else AutoPeftModelForSequenceClassification
     model = loader.from_pretrained(output / "model", **({} if plain else {"num_labels": 2})).eval()
     assert _accuracy(model, inputs) == best["clean"]["accuracy"]
+    if strategy != "none":  # the card has the figures of the epoch that is kept
+        card = ModelCard.load(output / "model" / "README.md")
+        assert [result.metric_value for result in card.data.eval_results] == [best["clean"]["accuracy"]]
+        assert card.data.datasets == ["nyu-mll/glue"]
 
 
 def test_the_last_model_is_kept_where_it_is_asked_for(inputs: dict[str, str], tmp_path: Path) -> None:
