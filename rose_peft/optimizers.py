@@ -113,9 +113,8 @@ def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumR
     return momentum
 
 
-def readable_rule(optimizer: torch.optim.Optimizer, group: Group, param: Tensor) -> MomentumRule | None:
-    """The momentum rule of one parameter, or None where there is none or what it names cannot be read."""
-    rule = momentum_rule(optimizer, group)
+def readable_rule(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumRule | None) -> MomentumRule | None:
+    """The momentum rule of a parameter's group, or None where there is none or what it names cannot be read."""
     if rule is None:
         return None
     try:

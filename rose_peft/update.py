@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .norms import local_part
-from .optimizers import Group, MomentumRule, momentum_of, readable_rule, restore_groups, split_groups
+from .optimizers import Group, MomentumRule, momentum_of, momentum_rule, readable_rule, restore_groups, split_groups
 from .scores import Stepping
 
 
@@ -51,16 +51,18 @@ def masked_parameters(mask: Tensor, stepping: Sequence[Stepping]) -> list[Masked
         stepping: The parameters with a gradient.
     """
     shares, rests = mask.tolist(), (1 - mask).tolist()
+    held = [entry for entry in stepping if shares[entry.index] < 1]
+    of_group = {id(entry.group): entry for entry in held}
+    rules = {key: momentum_rule(entry.optimizer, entry.group) for key, entry in of_group.items()}
     return [
         Masked(
             entry.param,
             entry.group,
             shares[entry.index],
             rests[entry.index],
-            readable_rule(entry.optimizer, entry.group, entry.param),
+            readable_rule(entry.optimizer, entry.param, rules[id(entry.group)]),
         )
-        for entry in stepping
-        if shares[entry.index] < 1
+        for entry in held
     ]
 
 

@@ -116,6 +116,7 @@ def agreement_along(
     settings: Sequence[Setting] = SETTINGS,
     uppers: Sequence[float] = (0.7, 0.4),
     clock: Callable[[], float] = time.perf_counter,
+    after_point: Callable[[Agreement], None] = lambda found: None,
 ) -> Agreement:
     """Fine-tune a model by first order with the default sampled pass, and compare masks at points of the training.
 
@@ -130,6 +131,7 @@ def agreement_along(
         settings: Sampled passes to compare.
         uppers: Upper quantiles; the first one steers the training.
         clock: What times are read from, in seconds.
+        after_point: Called after each step with a point, with what is known so far.
 
     Returns:
         What it has shown.
@@ -193,6 +195,8 @@ def agreement_along(
         optimizer.step()
         optimizer.zero_grad()
         found.step_seconds.append(forward + clock() - started)
+        if is_point:
+            after_point(found)
     return found
 
 

@@ -14,7 +14,7 @@ see agreement.py. Tables, a result file and, with a task, a picture go to the ou
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from .timing import clock, relative_cost, time_in_turn
 from .ways import PLAIN, WAYS, peak_memory, random_batch, stepper
 
 UPPERS = (0.7, 0.4)
+# Seconds of a step, and its time relative to plain training.
+Cost = tuple[Estimate, Estimate]
 
 
 @dataclass
@@ -93,40 +95,49 @@ def main(argv: list[str] | None = None) -> int:
     (args,) = HfArgumentParser(CostArguments, description=__doc__).parse_args_into_dataclasses(argv)
     logging.set_verbosity_error()
     disable_progress_bars()
-    folder = Path(args.output_dir)
     try:
         args.check()
         name = args.model_name_or_path or embedded_encoder()
         torch.manual_seed(args.seed)
-        rows, images = [], {}
         times = _times(args, name) if args.rounds else {}
         memory = _memory(args, name) if args.memory else {}
-        rows += [Row("step_seconds", seconds, way) for way, (seconds, _) in times.items()]
-        rows += [Row("relative_time", cost, way) for way, (_, cost) in times.items()]
-        rows += [Row("peak_memory", Estimate(size / 2**20), way) for way, size in memory.items()]
-        tables = [_table(args.ways, times, memory)] if times or memory else []
+        text = _write(args, name, times, memory, None)
         if args.task is not None:
-            found = _agreement(args, name)
-            rows += _agreement_rows(found)
-            tables.append(_agreement_table(found))
-            images["cost against agreement"] = "agreement.png"
-            plot_cost(
-                {f"upper quantile {upper:g}": _points(found, upper) for upper in UPPERS}, folder / "agreement.png"
-            )
-        config = {**asdict(args), "threads": torch.get_num_threads(), "model": Path(name).name}
-        del config["output_dir"], config["data_dir"], config["model_name_or_path"]
-        result = Result("cost", args.task or "random tokens", args.seed, rows, config, images)
-        result.save(folder / f"cost{SUFFIX}")
+            # After every point, so that a run that is killed leaves what it has seen.
+            found = _agreement(args, name, lambda seen: _write(args, name, times, memory, seen))
+            text = _write(args, name, times, memory, found)
     except (InputError, RoseError, RobustnessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = "\n\n".join(tables) + "\n"
-    (folder / "cost.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
-def _times(args: CostArguments, name: str) -> dict[str, tuple[Estimate, Estimate]]:
+def _write(
+    args: CostArguments, name: str, times: dict[str, Cost], memory: dict[str, int], found: Agreement | None
+) -> str:
+    """Write the result file, the tables and the picture; returns the tables."""
+    folder = Path(args.output_dir)
+    config = {**asdict(args), "model": Path(name).name, "threads": torch.get_num_threads()}
+    for place in ("output_dir", "data_dir", "model_name_or_path"):
+        del config[place]
+    rows = [Row("step_seconds", seconds, way) for way, (seconds, _) in times.items()]
+    rows += [Row("relative_time", cost, way) for way, (_, cost) in times.items()]
+    rows += [Row("peak_memory", Estimate(size / 2**20), way) for way, size in memory.items()]
+    result = Result("cost", args.task or "random tokens", args.seed, rows, config)
+    tables = [_table(args.ways, times, memory)] if times or memory else []
+    if found is not None:
+        result.rows += _agreement_rows(found)
+        result.images["cost against agreement"] = "agreement.png"
+        tables.append(_agreement_table(found))
+        plot_cost({f"upper quantile {upper:g}": _points(found, upper) for upper in UPPERS}, folder / "agreement.png")
+    result.save(folder / f"cost{SUFFIX}")
+    text = "\n".join(tables)
+    (folder / "cost.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _times(args: CostArguments, name: str) -> dict[str, Cost]:
     """Mean seconds of a step of each way, and its cost relative to plain."""
     batch: Batch = {}
     steps = {way: stepper(way, name, args.device, batch) for way in args.ways}
@@ -145,7 +156,7 @@ def _memory(args: CostArguments, name: str) -> dict[str, int]:
     return {way: peak_memory(way, name, args.device, args.batch_size, args.max_length) for way in args.ways}
 
 
-def _table(ways: list[str], times: dict[str, tuple[Estimate, Estimate]], memory: dict[str, int]) -> str:
+def _table(ways: list[str], times: dict[str, Cost], memory: dict[str, int]) -> str:
     lines = ["| way | ms per step | x plain | 95 % | peak memory, MB | x plain |", "|---|---|---|---|---|---|"]
     for way in ways:
         cells = ["", "", "", "", ""]
@@ -156,10 +167,10 @@ def _table(ways: list[str], times: dict[str, tuple[Estimate, Estimate]], memory:
         if way in memory:
             cells[3:] = f"{memory[way] / 2**20:.0f}", f"{memory[way] / memory[PLAIN]:.2f}"
         lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def _agreement(args: CostArguments, name: str) -> Agreement:
+def _agreement(args: CostArguments, name: str, after_point: Callable[[Agreement], None]) -> Agreement:
     text = load_text(TrainArguments(task=args.task, data_dir=args.data_dir, max_train_samples=args.train_samples))
     tokenizer = AutoTokenizer.from_pretrained(name)
     rows = tokenize(text.train, tokenizer, args.max_length)
@@ -185,6 +196,7 @@ def _agreement(args: CostArguments, name: str) -> Agreement:
         learning_rate=args.learning_rate,
         uppers=UPPERS,
         clock=clock,
+        after_point=after_point,
     )
 
 
@@ -233,7 +245,7 @@ def _agreement_table(found: Agreement) -> str:
                 )
             cells.append(text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
