@@ -141,7 +141,6 @@ def agreement_along(
         model, ROSEConfig(strategy="second_order", upper_quantile=uppers[0]), scores=Scores(second_order=given)
     )
     selector = get_selector(model)
-    assert selector is not None
     units, head = len(selector.units), Head(model, "SEQ_CLS", None)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), 1e-6, weight_decay=0.01)
     found, averages = Agreement(), {setting: torch.zeros(2, units, dtype=torch.float64) for setting in settings}

@@ -48,7 +48,9 @@ def build(way: str, name: str) -> nn.Module:
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     if way in FULL:
         settings = FULL[way]
-        return model if settings is None else attach_rose(model, ROSEConfig(task_type="SEQ_CLS", **settings))
+        if settings is not None:
+            attach_rose(model, ROSEConfig(task_type="SEQ_CLS", **settings))
+        return model
     lora = LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear")
     settings = LORA[way]
     return get_peft_model(
