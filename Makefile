@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV4 := .venv
 VENV5 := .venv-transformers5
+VENV_DOCS := .venv-docs
+VENV_PACKAGE := .venv-package
 
-.PHONY: demo test test-transformers5 test-distributed test-slow quality clean
+.PHONY: demo test test-transformers5 test-distributed test-slow quality docs package clean
 
 demo: $(VENV4)/.installed
 	$(VENV4)/bin/python examples/train.py --output_dir runs/demo --overwrite
@@ -30,6 +32,19 @@ quality: $(VENV4)/.installed
 	$(VENV4)/bin/ruff format --check .
 	$(VENV4)/bin/mypy
 
+# mkdocstrings reads the sources, so neither torch nor the package need to be installed.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV_DOCS)/.installed
+	$(VENV_DOCS)/bin/mkdocs build --strict --quiet
+
+# What is published is built, checked, and used in an environment that has nothing else.
+package: $(VENV_PACKAGE)/.installed
+	rm -rf build/package build/empty
+	$(VENV_PACKAGE)/bin/python -m build --quiet --outdir build/package .
+	$(VENV_PACKAGE)/bin/twine check --strict build/package/*
+	.ci/use-wheel $(PYTHON) build/package/*.whl build/empty
+	rm -rf build/empty
+
 $(VENV4)/.installed: pyproject.toml .ci/constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV4)
 	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt torch
@@ -42,5 +57,15 @@ $(VENV5)/.installed: pyproject.toml .ci/constraints-transformers5.txt
 	$(VENV5)/bin/pip install --quiet --constraint .ci/constraints-transformers5.txt --editable '.[dev]'
 	touch $@
 
+$(VENV_DOCS)/.installed: .ci/constraints-docs.txt
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/pip install --quiet --constraint .ci/constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	touch $@
+
+$(VENV_PACKAGE)/.installed: .ci/constraints-docs.txt
+	$(PYTHON) -m venv $(VENV_PACKAGE)
+	$(VENV_PACKAGE)/bin/pip install --quiet --constraint .ci/constraints-docs.txt build twine
+	touch $@
+
 clean:
-	rm -rf $(VENV4) $(VENV5) runs
+	rm -rf $(VENV4) $(VENV5) $(VENV_DOCS) $(VENV_PACKAGE) build runs

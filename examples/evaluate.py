@@ -1,7 +1,7 @@
 """Is a trained classifier robust? The kit called from Python: noise, and consistency without labels.
 
     python examples/evaluate.py runs/plain_loop
-    python examples/evaluate.py runs/train/ensemble --output_dir runs/train/ensemble/robustness
+    python examples/evaluate.py runs/train/ROSE/seed0 --output_dir runs/train/ROSE/seed0/robustness
 
 The data are the demo reviews; `load_glue`, `load_file` and `load_hub` have others. For whole data sets, attacks and
 loss landscapes there is `python -m rose_peft.robustness --help`.
@@ -32,10 +32,11 @@ def main(argv: list[str] | None = None) -> Result:
     args = parser.parse_args(argv)
 
     splits = demo_splits()
-    clean, robust = (examples_from_columns(splits[name], ["sentence"], name=name) for name in ("validation", "robust"))
+    names = ("validation", "robust", "turned cue")
+    clean, *robust = (examples_from_columns(splits[name], ["sentence"], name=name) for name in names)
     model, tokenizer = load_classifier(args.model, num_labels=2)
     rows = evaluate_noise(model, tokenizer, clean, kinds=["typos", "swaps"], rates=[0.1, 0.3]).rows()
-    rows += evaluate_robust_sets(model, tokenizer, {"turned cue": robust})
+    rows += evaluate_robust_sets(model, tokenizer, dict(zip(names[1:], robust, strict=True)))
     rows += consistency(model, tokenizer, clean.texts, changes=["dropout", "typos"]).rows()
     for row in rows:
         print(f"{row.title:40s} {row.estimate}")

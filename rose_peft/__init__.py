@@ -18,6 +18,7 @@ from .errors import (  # noqa: E402
     UnsupportedModelError,
     UnsupportedOptimizerError,
 )
+from .model_card import update_model_card, write_cards_with_peft  # noqa: E402
 from .optimizers import MomentumRule, register_momentum_rule  # noqa: E402
 from .plots import plot_masks  # noqa: E402
 from .scores import Facts, FirstOrder, Score, Scores, SecondOrder, Stepping  # noqa: E402
@@ -27,6 +28,7 @@ from .tuner import ROSEModel  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register(ROSEConfig, ROSEModel)
+write_cards_with_peft()
 
 __all__ = [
     "AdapterFileError",
@@ -58,6 +60,7 @@ __all__ = [
     "get_selector",
     "plot_masks",
     "register_momentum_rule",
+    "update_model_card",
 ]
 
 

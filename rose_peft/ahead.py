@@ -72,20 +72,21 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
     return Plan(ranking, [param for index, param in parameters if index in frozen])
 
 
-def check_can_skip(host: nn.Module, processes: Processes) -> None:
+def check_can_skip(host: nn.Module, processes: Processes, splits: bool) -> None:
     """Refuse to leave gradients out where something counts on every one of them.
 
     Args:
         host: The module whose forward call is observed.
         processes: Who trains the model.
+        splits: Whether the engine steps pieces of parameters.
 
     Raises:
         UnsupportedEngineError: Naming what it is.
     """
     what = "a compiled model (model.compile()) is compiled anew for every mask"
-    if processes.groups:
-        what = "the reducers of DDP and FSDP2 wait for the gradient of every parameter"
-    if processes.groups or getattr(host, "_compiled_call_impl", None) is not None:
+    if processes.groups or splits:
+        what = "the reducers of DDP, FSDP2 and ZeRO wait for the gradient of every parameter"
+    if processes.groups or splits or getattr(host, "_compiled_call_impl", None) is not None:
         raise UnsupportedEngineError(
             f"skip_frozen_gradients=True does not work here: {what}. Leave it out: units are chosen by the same "
             "scores, one step later."

@@ -64,6 +64,9 @@ class RoseCallback(TrainerCallback):
                 "RoseCallback.add_to(trainer) instead.",
                 stacklevel=2,
             )
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:  # what the Trainer has resumed from; its first step would be late for a plan
+            self._selector.restore(getattr(optimizer, "optimizer", optimizer))
         self._acted_before = self._selector.steps_taken
         self._global_step_before = state.global_step
 

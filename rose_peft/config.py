@@ -18,20 +18,6 @@ ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
 RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
-LOADING_NOTE = """\
-## Loading this adapter
-
-The weights were fine-tuned with ROSE (robust selective fine-tuning). PEFT knows the adapter type `ROSE` only after
-`import rose_peft` (`pip install rose-peft`); without it loading ends in `KeyError: 'ROSE'`.
-
-```python
-import rose_peft  # registers ROSE with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
-
 
 @dataclass
 class ROSEConfig(PeftConfig):
@@ -57,9 +43,11 @@ class ROSEConfig(PeftConfig):
         risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
         skip_frozen_gradients: Sampled first order: mask a step by the risk passes before it, and build no gradients of
             frozen units in it. Faster than plain fine-tuning; the norm that clipping sees has no part of theirs, and
-            their second moments and step counts rest instead of going on.
-        dropout: None trains with the model's own dropout. A probability in (0, 1) is set on every dropout module
-            while ROSE is attached, and applied to the inputs of the target modules where the model has none.
+            their second moments and step counts rest instead of going on. To resume to the last bit call
+            `get_selector(model).restore(optimizer)` after loading; `RoseCallback` does so.
+        dropout: None trains with the model's own dropout. A probability in (0, 1) is set, while ROSE is attached, on
+            every dropout module and on every number that a module drops with (`attention_dropout` of Llama, `dropout`
+            of BART); where no dropout comes up to the last target module, the inputs of the targets are dropped.
         head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
             per number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
             None goes by `model.config.problem_type`, the kind of model and the shape of the logits.
@@ -120,8 +108,8 @@ class ROSEConfig(PeftConfig):
         default=None,
         metadata={
             "help": (
-                "None: the model's own dropout. A probability in (0, 1): set on every dropout module while ROSE is "
-                "attached, and applied to the inputs of the target modules where the model has no dropout module."
+                "None: the model's own dropout. A probability in (0, 1): set on all dropout of the model while ROSE "
+                "is attached, and applied to the inputs of the target modules where the model has none up to them."
             )
         },
     )
@@ -342,17 +330,3 @@ class ROSEConfig(PeftConfig):
             inner = self.base_config.to_dict()
             values["base_config"] = {k: sorted(v) if isinstance(v, set) else v for k, v in inner.items()}
         return values
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and say in the folder's model card how the adapter is loaded.
-
-        Args:
-            save_directory: Folder of the adapter; `PeftModel.save_pretrained` writes the card before the config.
-            **kwargs: As in `PeftConfig.save_pretrained`.
-        """
-        super().save_pretrained(save_directory, **kwargs)
-        card = os.path.join(save_directory, "README.md")
-        if os.path.exists(card):
-            with open(card, "r+", encoding="utf-8") as file:
-                if LOADING_NOTE.strip() not in file.read():
-                    file.write("\n" + LOADING_NOTE.strip() + "\n")

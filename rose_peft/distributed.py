@@ -1,23 +1,17 @@
-"""Which processes train a model together, and sums over them; which engines are refused, and by which errors."""
+"""Which processes train a model together, and sums over them."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from .errors import RankMismatchError, UnsupportedEngineError
+from .errors import RankMismatchError
 
 CHECK_RANKS = "ROSE_CHECK_RANKS"
 
@@ -37,22 +31,16 @@ class Processes:
         self._found: list[dist.ProcessGroup] = []
         self._warned = False
 
-    def find(self, host: nn.Module, parameters: Sequence[Tensor]) -> None:
-        """Look for the engine, during a forward pass or before an optimizer step.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_found": []}
+
+    def follow(self, groups: list[dist.ProcessGroup]) -> None:
+        """Go by the engine.
 
         Args:
-            host: The module whose forward call is observed.
-            parameters: What the modules hold in place of the unit parameters, or what the optimizer holds.
+            groups: Its process groups.
         """
-        if self._given is not None or self._found or not _is_initialized():
-            return
-        # DDP runs the module inside; it leaves no mark on it but this one, for compilers.
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        shard = next((param for param in parameters if isinstance(param, DTensor)), None)
-        if shard is not None:
-            self._found = list(shard.device_mesh.get_all_groups())
-        elif ddp is not None and any(module is host for module in ddp.modules()):
-            self._found = [ddp.process_group]
+        self._found = groups
 
     def warn_if_alone(self) -> None:
         """Say once that processes which no engine ties together are taken for independent ones."""
@@ -60,9 +48,9 @@ class Processes:
         if alone and not self._warned:
             self._warned = True
             warnings.warn(
-                f"this process is one of {dist.get_world_size()}, and neither DDP nor FSDP2 is around the model: ROSE "
-                "takes the model for one that this process trains alone. If they train it together by other means, "
-                "pass process_group=torch.distributed.group.WORLD to attach_rose.",
+                f"this process is one of {dist.get_world_size()}, and neither DDP, FSDP2 nor ZeRO is around the "
+                "model: ROSE takes it for one that this process trains alone. If they train it together by other "
+                "means, pass process_group=torch.distributed.group.WORLD to attach_rose.",
                 stacklevel=2,
             )
 
@@ -115,76 +103,3 @@ class Processes:
 
 def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
-
-
-def keep_unsharded_after_forward(model: nn.Module) -> None:
-    """Let FSDP2 keep whole parameters between forward and backward: more memory, and one all-gather less.
-
-    Args:
-        model: Model in which modules are sharded by `fully_shard`.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_reshard_after_forward(False, recurse=False)
-
-
-@contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Let FSDP2 keep whole what it gathers inside, and give back afterwards what was sharded before.
-
-    Args:
-        model: Model in which modules may be sharded by `fully_shard`.
-    """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in sharded for group in _parameter_groups(module)]
-    before = [(group, group.post_forward_mesh_info, group.is_sharded) for group in groups]
-    for group in groups:
-        group.post_forward_mesh_info = None
-    try:
-        yield
-    finally:
-        for group, mesh_info, was_sharded in before:
-            group.post_forward_mesh_info = mesh_info
-            if was_sharded and not group.is_sharded:
-                group.reshard()
-
-
-def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """The parameter groups of one module; torch has one or several of them, by version."""
-    state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-
-
-def check_engine(module: nn.Module, parameters: Sequence[Tensor]) -> None:
-    """Refuse engines under which ROSE would silently do nothing or the wrong thing.
-
-    Args:
-        module: The module whose forward call is running.
-        parameters: What the modules hold in place of the unit parameters.
-
-    Raises:
-        UnsupportedEngineError: Naming the engine and what to use instead.
-    """
-    if getattr(module, "_is_replica", False):
-        raise UnsupportedEngineError(
-            "nn.DataParallel copies the model at every step, so ROSE cannot follow its parameters. Start one process "
-            "per GPU (accelerate launch, torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES=0)."
-        )
-    # ZeRO-3 marks its parameters; the other stages leave no mark, but Accelerate knows of them.
-    accelerated = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
-    if accelerated or any(hasattr(param, "ds_id") for param in parameters):
-        raise UnsupportedEngineError(
-            "DeepSpeed steps flat copies of the parameters inside its own engine, so masks cannot act. Use DDP or "
-            "FSDP2 through Accelerate (accelerate_configs/multi_gpu_ddp.yaml, multi_gpu_fsdp2.yaml)."
-        )
-    # FSDP1 around the whole puts views of its flat parameter into the modules, where FSDP2 puts parameters; around
-    # blocks inside, which are shards until their turn comes, it can be seen itself.
-    whole = all(isinstance(param, nn.Parameter) for param in parameters)
-    wrapped = getattr(module, "_is_fsdp_managed_module", False) and not whole
-    if wrapped or any(isinstance(inner, FullyShardedDataParallel) for inner in module.modules()):
-        raise UnsupportedEngineError(
-            "FSDP1 flattens parameters, so units cannot be told apart. Use FSDP2 (fsdp_version: 2 in the Accelerate "
-            "config) or DDP."
-        )

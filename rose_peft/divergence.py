@@ -26,7 +26,8 @@ def divergence(first: Tensor, second: Tensor, kind: HeadKind) -> Tensor:
     Returns:
         Scalar in nats (squared units of the target for regression), float32 or float64.
     """
-    if first.dtype in (torch.float16, torch.bfloat16):
+    # Engines may cast what the model returns, so that both need not have the same dtype.
+    if torch.float64 not in (first.dtype, second.dtype):
         first, second = first.float(), second.float()
     if kind == "regression":
         return F.mse_loss(first, second)

@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
 
 from .decision import Decision
+from .engines.seam import Turn
 from .norms import IndexedTensors
+from .optimizers import owned_groups
+from .state import Record
 from .steered import Steered
-from .update import MaskedStep
+from .update import Masked, MaskedStep
 
 
 @dataclass
 class Flight:
-    """One step of one optimizer.
+    """One step of one optimizer, which an engine may make in several calls.
 
     Args:
         optimizer: Whose.
-        step: What acts on it.
-        decisions: For each adapter in it the decision, and (unit index, parameter) of what is stepped.
-        stepped: Whether the optimizer has taken the step.
+        masked: The parameters whose update is held back.
+        loss_scale: Scale that the gradients still carry.
+        decisions: For each adapter in it the decision, and (unit index, holder of a parameter) of what is stepped.
+        step: What acts on the call that runs now.
+        turn: Which call that is.
+        stepped: Whether the optimizer has taken it.
+        record: What is about to be written down of the first of the decisions.
     """
 
     optimizer: weakref.ref[Optimizer]
-    step: MaskedStep
+    masked: list[Masked]
+    loss_scale: float
     decisions: list[tuple[Steered, Decision, IndexedTensors]]
+    step: MaskedStep | None = None
+    turn: Turn = field(default_factory=Turn)
     stepped: bool = False
+    record: Record | None = None
 
     def holds(self, parameters: set[int]) -> bool:
         """Whether the step is about any of these parameters.
@@ -37,16 +48,37 @@ class Flight:
         """
         return any(id(param) in parameters for _, _, pairs in self.decisions for _, param in pairs)
 
+    def begin(self, optimizer: Optimizer, turn: Turn) -> None:
+        """Let the masks act on one call.
+
+        Args:
+            optimizer: The one whose step this is.
+            turn: Which of its calls begins.
+        """
+        moved = owned_groups(optimizer)
+        masked = [item for item in self.masked if id(item.part.holder) in moved]
+        moving = [param for _, _, pairs in self.decisions for _, param in pairs if id(param) in moved]
+        self.turn, self.stepped = turn, False
+        self.step = MaskedStep(optimizer)
+        self.step.begin(masked, moving, self.loss_scale)
+
     def land(self) -> None:
-        """Finish the step and record it; going on after an interruption records nothing twice."""
-        self.step.finish()
+        """Finish the call, and record the step after the last; going on after an interruption does nothing twice."""
+        self.stepped = True
+        if self.step is not None:
+            self.step.finish()
+        if not self.turn.last:
+            self.step = None
+            return
         while self.decisions:
             steered, decision, parameters = self.decisions[0]
-            steered.state.record(decision)
-            self.decisions.pop(0)
+            if self.record is None:
+                self.record = steered.state.after(decision)
+            steered.state.put(self.record)
             steered.window.forget()
             steered.drop_plan()
             steered.watchdog.stepped(parameters)
+            self.decisions, self.record = self.decisions[1:], None
 
 
 class Flights:
@@ -55,30 +87,49 @@ class Flights:
     def __init__(self) -> None:
         self._flights: dict[int, Flight] = {}
 
-    def start(self, flight: Flight) -> None:
-        """Note a step that begins.
+    def start(self, flight: Flight, optimizer: Optimizer, turn: Turn) -> None:
+        """Note a step that begins, and let the masks act on its first call.
 
         Args:
             flight: The step.
+            optimizer: Whose.
+            turn: Which of its calls begins.
         """
-        optimizer = flight.optimizer()
+        # Known before anything is changed, so that whatever interrupts can be undone.
         self._flights[id(optimizer)] = flight
+        try:
+            flight.begin(optimizer, turn)
+        except BaseException:
+            self.settle(optimizer)
+            raise
+
+    def go_on(self, optimizer: Optimizer, turn: Turn) -> None:
+        """Let the masks act on a further call of a step, if it is one of ours.
+
+        Args:
+            optimizer: Whose.
+            turn: Which of its calls begins.
+        """
+        flight = self._flights.get(id(optimizer))
+        if flight is not None and flight.optimizer() is optimizer:
+            flight.begin(optimizer, turn)
 
     def land(self, optimizer: Optimizer) -> str | None:
-        """Finish the step that an optimizer has taken, if it is one of ours.
+        """Finish the call that an optimizer has taken, if it is one of ours.
 
         Args:
             optimizer: Whose.
 
         Returns:
-            Name of the last adapter in it.
+            Name of the last adapter in it, after the last call of the step.
         """
         flight = self._flights.get(id(optimizer))
         if flight is None or flight.optimizer() is not optimizer:
             return None
-        flight.stepped = True
         name = flight.decisions[-1][0].name
         flight.land()
+        if not flight.turn.last:
+            return None
         del self._flights[id(optimizer)]
         return name
 
@@ -91,10 +142,10 @@ class Flights:
         for identity, flight in list(self._flights.items()):
             if optimizer is not None and identity != id(optimizer):
                 continue
-            if flight.stepped:
+            if flight.stepped or (flight.step is not None and flight.turn.last and flight.step.taken()):
                 flight.land()
-            else:
-                flight.step.give_back()
+            elif flight.step is not None:
+                flight.step.undo()
             self._flights.pop(identity, None)
 
     def around(self, parameters: set[int]) -> Optimizer | None:

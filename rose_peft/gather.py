@@ -18,7 +18,12 @@ from .steered import Steered
 
 
 def gather(
-    steered: Steered, stepping: Sequence[Stepping], scores: Scores, processes: Processes, loss_scale: float
+    steered: Steered,
+    stepping: Sequence[Stepping],
+    scores: Scores,
+    processes: Processes,
+    loss_scale: float,
+    splits: bool = False,
 ) -> Gathered:
     """Fetch norms and risk figures, and let the watchdog look at them.
 
@@ -28,6 +33,7 @@ def gather(
         scores: What units are ranked by.
         processes: Who trains the model.
         loss_scale: Scale that the gradients still carry.
+        splits: Whether tensors of units are pieces that do not show it.
 
     Raises:
         RoseInactiveError: If the risk passes say nothing, or if there were none.
@@ -35,7 +41,7 @@ def gather(
     """
     config, units, window = steered.config, len(steered.units), steered.window
     device = stepping[0].param.device
-    pairs = [(entry.index, entry.param) for entry in stepping]
+    pairs = [(entry.index, entry.part.holder) for entry in stepping]
     first = list(scores.first_order.tensors(stepping)) if config.needs_risk_pass else []
     second = list(scores.second_order.tensors(stepping)) if config.needs_momentum else []
     risk_sums = []
@@ -44,7 +50,7 @@ def gather(
         risk_sums = [window.sums(device, wide_dtype(device), bypassed)]
     elif bypassed:
         raise steered.watchdog.bypass_error()
-    *risk_parts, norms = _fetch(risk_sums, [*first, *second], units, device, processes)
+    *risk_parts, norms = _fetch(risk_sums, [*first, *second], units, device, processes, splits)
     risk = RiskWindow.figures(risk_parts[0]) if risk_parts else None
     if risk is not None:
         _check(steered, risk, pairs)
@@ -87,10 +93,11 @@ def _fetch(
     units: int,
     device: torch.device,
     processes: Processes,
+    splits: bool,
 ) -> list[Any]:
     """Fetch risk sums, which every process has a part of, and norms per unit, whole or of shards, together."""
     sums = [square_norms_per_unit(tensors, units, device) for tensors in lists]
-    sharded = [index for index, tensors in enumerate(lists) if is_sharded(tensors)]
+    sharded = [index for index, tensors in enumerate(lists) if splits or is_sharded(tensors)]
     whole = [index for index in range(len(lists)) if index not in sharded]
     shared = [*risk_sums, *(sums[index] for index in sharded)]
     parts = ([processes.sum(torch.cat(shared))] if shared else []) + [sums[index] for index in whole]

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from torch import nn
 from torch.optim import Optimizer
 
+from .engines.seam import Group
 from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
-from .optimizers import Group, owned_groups, whole_groups
+from .optimizers import owned_groups, whole_groups
 from .state import STATE_KEY, SelectionState
 
 

@@ -134,7 +134,7 @@ class ForwardHooks:
         inner: The inner module; may be the same.
         before: Called with (module, keyword arguments) before a forward call.
         after: Called with (module, arguments, keyword arguments, output) after it; returns the output to go on with.
-        saving: Called before a state dict is made.
+        saving: Called before a state dict is made or loaded.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ class ForwardHooks:
         for module in [host] if host is inner else [host, inner]:
             self._handles.append(module.register_forward_pre_hook(self._pre_hook, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
-        self._handles.append(inner.register_state_dict_pre_hook(self._state_dict_hook))
+        self._handles.append(inner.register_state_dict_pre_hook(self._saved_or_loaded))
+        self._handles.append(inner.register_load_state_dict_pre_hook(self._saved_or_loaded))
 
     @torch.compiler.disable
     def _pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,7 +170,7 @@ class ForwardHooks:
         self._inner_acted = module is not self._host
         return self._after(module, args, kwargs, output)
 
-    def _state_dict_hook(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    def _saved_or_loaded(self, module: nn.Module, *args: Any) -> None:
         self._saving()
 
     def remove(self) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engines.seam import Group, Part
 from .errors import UnsupportedOptimizerError
-
-Group = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,21 +23,25 @@ class MomentumRule:
         key: Name of the momentum in the optimizer's state.
         fresh: Factor with which a new gradient enters the momentum.
         stationary: The gradient that leaves the momentum m as it is, as a multiple of m.
+        companions: Names of what else makes up the momentum in the state, as the scales of a quantized one.
+        read: Makes the momentum, shaped like the parameter, of the state; None where it lies there as it is.
     """
 
     key: str
     fresh: float
     stationary: float
+    companions: tuple[str, ...] = ()
+    read: Callable[[dict[str, Any], Tensor], Tensor] | None = None
 
 
-RuleReader = Callable[[Group], MomentumRule | None]
+RuleReader = Callable[[torch.optim.Optimizer, Group], MomentumRule | None]
 
 
 def _sign(group: Group) -> int:
     return -1 if group.get("maximize") else 1
 
 
-def _sgd(group: Group) -> MomentumRule | None:
+def _sgd(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRule | None:
     momentum, dampening = group["momentum"], group["dampening"]
     if momentum == 0 or dampening == 1:
         return None
@@ -61,6 +64,30 @@ def _adam_like(group: Group) -> MomentumRule | None:
     return MomentumRule("exp_avg", 1 - float(betas[0]), _sign(group))
 
 
+def _bitsandbytes(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRule | None:
+    """The momentum of bitsandbytes' optimizers: `state1`, of 8 bits per number in large parameters."""
+    betas, name = group["betas"], getattr(optimizer, "optimizer_name", "")
+    if name == "momentum" and betas[0]:
+        fresh, stationary = 1.0, 1 - float(betas[0])
+    elif name in ("adam", "lion"):
+        fresh, stationary = 1 - float(betas[1 if name == "lion" else 0]), 1.0
+    else:
+        return None
+    return MomentumRule("state1", fresh, stationary, ("absmax1",), _dequantized)
+
+
+def _dequantized(state: dict[str, Any], param: Tensor) -> Tensor:
+    momentum = state["state1"]
+    if momentum.dtype != torch.uint8:
+        return momentum
+    from bitsandbytes.functional import dequantize_blockwise
+
+    blocks = {"absmax": state["absmax1"], "code": state["qmap1"], "blocksize": _BLOCK}
+    return dequantize_blockwise(momentum, **blocks).view_as(param)
+
+
+# Numbers in one block of bitsandbytes' optimizer states, which have one scale in common.
+_BLOCK = 256
 _RULES: dict[type[torch.optim.Optimizer], RuleReader] = {torch.optim.SGD: _sgd}
 
 
@@ -69,7 +96,8 @@ def register_momentum_rule(cls: type[torch.optim.Optimizer], reader: RuleReader)
 
     Args:
         cls: The optimizer class; its subclasses are read the same way.
-        reader: Makes the rule from the settings of a parameter group; None where they keep no momentum.
+        reader: Makes the rule from an optimizer and the settings of one of its parameter groups; None where they keep
+            no momentum.
     """
     _RULES[cls] = reader
 
@@ -83,7 +111,9 @@ def momentum_rule(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRul
     """
     for cls in type(optimizer).__mro__:
         if cls in _RULES:
-            return _RULES[cls](group)
+            return _RULES[cls](optimizer, group)
+        if cls.__module__ == "bitsandbytes.optim.optimizer" and cls.__name__ == "Optimizer8bit":
+            return _bitsandbytes(optimizer, group)
     # Both come from several packages, with the same settings and state.
     name = type(optimizer).__name__
     if name == "Muon" and "momentum" in group:
@@ -92,33 +122,35 @@ def momentum_rule(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRul
     return _lion(group) if rule is not None and "lion" in name.lower() else rule
 
 
-def momentum_of(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumRule) -> Tensor | None:
-    """The momentum of one parameter before the step, or None where the optimizer has no state for it yet.
+def momentum_of(optimizer: torch.optim.Optimizer, part: Part, rule: MomentumRule) -> Tensor | None:
+    """The momentum of a part of one parameter before the step, or None where the optimizer has no state for it yet.
 
     Raises:
         UnsupportedOptimizerError: If the optimizer keeps its momentum in a form that cannot be read.
     """
     # `optimizer.state` is a defaultdict: indexing would create the entry and keep the optimizer from initializing it.
-    state = optimizer.state.get(param, {})
+    state = optimizer.state.get(part.holder, {})
     if not state:
         return None
+    if rule.read is not None:
+        return part.of(rule.read(state, part.holder))
     momentum = state.get(rule.key)
     if momentum is None and rule.key == "momentum_buffer":
         return None
-    if not isinstance(momentum, Tensor) or momentum.shape != param.shape or not momentum.is_floating_point():
+    if not isinstance(momentum, Tensor) or momentum.shape != part.holder.shape or not momentum.is_floating_point():
         raise UnsupportedOptimizerError(
             f"{type(optimizer).__name__} keeps no readable momentum under state[{rule.key!r}] (found "
             f"{', '.join(map(str, state))}); use torch.optim.AdamW or SGD with momentum, or strategy='first_order'."
         )
-    return momentum
+    return part.of(momentum)
 
 
-def readable_rule(optimizer: torch.optim.Optimizer, param: Tensor, rule: MomentumRule | None) -> MomentumRule | None:
-    """The momentum rule of a parameter's group, or None where there is none or what it names cannot be read."""
+def readable_rule(optimizer: torch.optim.Optimizer, part: Part, rule: MomentumRule | None) -> MomentumRule | None:
+    """The momentum rule of a part's group, or None where there is none or what it names cannot be read."""
     if rule is None:
         return None
     try:
-        momentum_of(optimizer, param, rule)
+        momentum_of(optimizer, part, rule)
     except UnsupportedOptimizerError:
         return None
     return rule

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .ahead import check_can_skip, plan
-from .distributed import Processes, check_engine, keep_unsharded_after_forward
+from .distributed import Processes
 from .dropout import has_dropout_up_to
-from .errors import UnsupportedEngineError
+from .engines.finding import EngineFinder
 from .inputs import cache_before
 from .norms import IndexedTensors
-from .risk import Call, Head, ShardWatch, hidden_states_are_equal, paired_pass
+from .risk import Call, Head, hidden_states_are_equal, paired_pass
 from .sampled import aside, sampled_pass, take_sample
 from .scores import Scores
 from .steered import Steered
@@ -44,28 +43,22 @@ class Passes:
         training: Callable[[], list[Steered]],
         scores: Callable[[], Scores],
     ) -> None:
-        self._host = host
+        self.around = EngineFinder(host, live.model, self._note_backward)
         self._live = live
         self._processes = processes
         self._training = training
         self._scores = scores
         self.ours = False
-        self._engine_checked = False
         self._hidden_states_checked = False
         self._caches: dict[str, Any] = {}
-        self._shards = ShardWatch(self._note_backward)
         self.seen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_caches": {}, "_shards": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._shards = ShardWatch(self._note_backward)
+        return {**self.__dict__, "_caches": {}}
 
     def close(self) -> None:
-        """Take the hooks off that passes have put on shards."""
-        self._shards.close()
+        """Take off what the engine has put on the model."""
+        self.around.engine.close()
 
     def before(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Look at the model before a call.
@@ -82,6 +75,9 @@ class Passes:
             return
         training = self._training()
         if not training:
+            # FSDP1 takes parameters away, as merging does; only that is refused.
+            units = [unit for units in self._live.by_adapter.values() for unit in units]
+            self.around.check(module, [tensor for unit in units for tensor in unit.tensors()])
             return
         if not module.training:
             for steered in training:
@@ -89,21 +85,16 @@ class Passes:
             return
         self.seen = True
         shown = [tensor for steered in training for unit in steered.units for tensor in unit.tensors()]
-        if not self._engine_checked or getattr(module, "_is_replica", False):
-            check_engine(module, shown)
-            self._engine_checked = True
-        self._processes.find(self._host, shown)
+        paired = any(_is_paired(steered) for steered in training)
+        self.around.before_forward(module, shown, paired)
+        self._processes.follow(self.around.engine.process_groups)
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
         for steered in training:
             if steered.config.skip_frozen_gradients:
                 self._plan(steered, parameters[steered.name])
-        if any(_is_paired(steered) for steered in training):
-            # Under FSDP2 the graph hangs on the unsharded parameters; a shard put back in their place before the risk
-            # pass would leave its gradient nothing to reach.
-            if self._shards.watch([pair for pairs in parameters.values() for pair in pairs]):
-                keep_unsharded_after_forward(self._live.model)
+        if paired:
             self._caches = cache_before(kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -134,7 +125,7 @@ class Passes:
         return None if output is given else output
 
     def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
-        check_can_skip(self._host, self._processes)
+        check_can_skip(self.around.host, self._processes, self.around.engine.splits)
         if steered.plan is None:
             steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
         if steered.plan is not None:
@@ -142,18 +133,19 @@ class Passes:
 
     def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
-        if any(isinstance(param, DTensor) for _, param in parameters):
-            raise UnsupportedEngineError(
-                f"strategy={steered.config.strategy!r} needs whole parameters inside the forward call, and this "
-                "engine shows shards only. Use FSDP2 (fully_shard) or DDP, or strategy='second_order'."
-            )
-        window = steered.window
-        window.forget_discarded(list(self._shards.shards.values()) or [param for _, param in parameters])
+        tensors = [param for _, param in parameters]
+        engine, window = self.around.engine, steered.window
+        engine.require_whole(tensors)
+        discarded = engine.discarded()
+        if discarded:
+            window.forget()
+        elif discarded is None:
+            window.forget_discarded(engine.gradient_holders(tensors))
         with self.own():
             value, equal, output = paired_pass(call, output, head)
             self._check_hidden_states(call, steered)
         window.add(parameters, value, equal, float(steered.state.risk_scale))
-        if not self._shards.shards:
+        if not engine.sees_backward:
             window.watch_backward(output)
         return output
 
@@ -161,7 +153,7 @@ class Passes:
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
         sample = take_sample(call, output, head, steered.config.risk_fraction)
-        with self.own(), aside(call.module):
+        with self.own(), aside(call.module), self.around.engine.whole_parameters():
             sampled_pass(
                 sample,
                 head,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .decision import RiskFigures
 from .divergence import logits_divergence
@@ -254,43 +253,6 @@ class RiskWindow:
             alive = square_norms(map(local_part, gradients)).sum() != 0
             self._square_sum = self._square_sum * alive
             self._counts = self._counts * alive
-
-
-class ShardWatch:
-    """
-    The shards of sharded parameters, which the modules do not show during a forward pass.
-
-    A backward pass that FSDP2 does not reduce (while accumulating) leaves its gradients where nobody can see them,
-    but also where nobody can throw them away; so a backward pass counts as seen when gradients arrive on shards.
-
-    Args:
-        arrived: Called when a gradient arrives.
-    """
-
-    def __init__(self, arrived: Callable[[], None]) -> None:
-        self._arrived = arrived
-        self._handles: list[Any] = []
-        self.shards: dict[int, Tensor] = {}
-
-    def watch(self, parameters: IndexedTensors) -> bool:
-        """Watch those that are shards, and return whether there are any.
-
-        Args:
-            parameters: (unit index, parameter) as the modules show them now.
-        """
-        shards = [param for _, param in parameters if isinstance(param, DTensor)]
-        for param in shards:
-            if id(param) not in self.shards:
-                self.shards[id(param)] = param
-                self._handles.append(param.register_post_accumulate_grad_hook(lambda _: self._arrived()))
-        return bool(shards)
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self.shards.clear()
 
 
 @contextmanager

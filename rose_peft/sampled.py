@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .distributed import whole_parameters
 from .inputs import has_cache, take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .risk import Call, Head, RiskWindow
@@ -65,7 +63,7 @@ def sampled_pass(
 ) -> None:
     """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
 
-    The gradient runs through this pass alone; to be called `aside`.
+    The gradient runs through this pass alone; to be called `aside`, where the modules show whole parameters.
 
     Args:
         sample: The rows.
@@ -76,18 +74,17 @@ def sampled_pass(
         confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
             that are as near as rounding count as equal.
     """
-    with whole_parameters(head.model):
-        first = sample.first if sample.first is not None else _without_gradient(sample, head)
-        second = head.logits(sample.call.again())
-        value, _ = head.divergence(first, second, sample.call.kwargs)
-        if confirm:
-            equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
-        else:
-            equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
-        # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
-        inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
-        retain = any(tensor.requires_grad for tensor in inputs)
-        window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
+    first = sample.first if sample.first is not None else _without_gradient(sample, head)
+    second = head.logits(sample.call.again())
+    value, _ = head.divergence(first, second, sample.call.kwargs)
+    if confirm:
+        equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
+    else:
+        equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
+    # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
+    inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
+    retain = any(tensor.requires_grad for tensor in inputs)
+    window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
 
 
 def _without_gradient(sample: Sample, head: Head) -> Sequence[Tensor]:
@@ -151,15 +148,16 @@ def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 def _own_draws(module: nn.Module) -> Iterator[None]:
     """Draw from generators that follow from the user's and leave them where they are.
 
-    The seed is made of all their states, so that a run that is resumed with them draws the same again.
+    The seed is made of the states of torch's, so that a run that is repeated or resumed with them draws the same
+    again. Those of Python and NumPy stay out of it: who draws from torch alone need not seed them.
     """
     tensors = itertools.chain(module.parameters(), module.buffers())
     devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
     generators = [_generator(device) for device in sorted(devices, key=str)]
     plain, numbers, states = random.getstate(), numpy.random.get_state(), [each.get_state() for each in generators]
     cpu = torch.get_rng_state()
-    everything = [plain, numbers, *(state.numpy().tobytes() for state in [cpu, *states])]
-    seed = int.from_bytes(hashlib.blake2b(pickle.dumps(everything), digest_size=8).digest(), "little") % 2**63
+    digest = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in [cpu, *states]), digest_size=8).digest()
+    seed = int.from_bytes(digest, "little") % 2**63
     try:
         # Not torch.manual_seed, which seeds every device there is.
         for generator in [torch.default_generator, *generators]:

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .engines.seam import Engine, Group, Part
 from .masks import second_order_scores
-from .optimizers import Group, MomentumRule, momentum_of, momentum_rule, no_momentum
+from .optimizers import MomentumRule, momentum_of, momentum_rule, no_momentum
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,24 @@ class Stepping:
         param: The parameter.
         optimizer: Who steps it.
         group: Its parameter group.
+        engine: What is around the model.
     """
 
     index: int
     param: Tensor
     optimizer: torch.optim.Optimizer
     group: Group
+    engine: Engine
+
+    @property
+    def part(self) -> Part:
+        """What this process steps of it: all of it, unless an engine splits it."""
+        return self.engine.part(self.param)
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient as the optimizer gets it: clipped, and still with the loss scale where a fused one unscales."""
-        assert self.param.grad is not None
-        return self.param.grad
+        """This part's gradient as the optimizer gets it: clipped, and still scaled where a fused one unscales."""
+        return self.engine.gradient(self.param)
 
     @property
     def rule(self) -> MomentumRule:
@@ -49,12 +56,12 @@ class Stepping:
 
     @property
     def momentum(self) -> Tensor | None:
-        """The momentum before the step, or None where there is no state yet.
+        """This part's momentum before the step, or None where there is no state yet.
 
         Raises:
             UnsupportedOptimizerError: If the optimizer keeps none, or none that can be read.
         """
-        return momentum_of(self.optimizer, self.param, self.rule)
+        return momentum_of(self.optimizer, self.part, self.rule)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class SecondOrder:
         """Gradients and momenta."""
         rules = rules_of(stepping)
         momenta = [
-            (entry.index, momentum_of(entry.optimizer, entry.param, rules[id(entry.group)])) for entry in stepping
+            (entry.index, momentum_of(entry.optimizer, entry.part, rules[id(entry.group)])) for entry in stepping
         ]
         return (
             [(entry.index, entry.gradient) for entry in stepping],

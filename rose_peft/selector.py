@@ -14,19 +14,21 @@ from .config import ROSEConfig
 from .decision import Decision, Gathered, decide
 from .distributed import Processes
 from .dropout import TrainingDropout
+from .engines.seam import Engine, Group
+from .engines.zero import refuse_split
 from .errors import AlreadyAttachedError, UnsupportedOptimizerError
 from .flights import Flight, Flights
 from .gather import gather
 from .homes import Homes
 from .hooks import ForwardHooks, observers, unwatch_steps, watch_steps
 from .norms import IndexedTensors
-from .optimizers import Group, loss_scale, owned_groups, refuse_closure
+from .optimizers import loss_scale, refuse_closure
 from .passes import Passes
 from .scores import Scores, Stepping
 from .state import RoseStatistics, SelectionState
 from .steered import Steered, nothing, steer
 from .units import LiveUnits, Unit
-from .update import MaskedStep, masked_parameters
+from .update import masked_parameters
 
 _SELECTOR = "_rose_selector"
 
@@ -40,7 +42,8 @@ class RoseSelector:
         model: Base model, whose parameter names are the unit names.
         config: The settings.
         scores: What units are ranked by; None for ROSE's own scores.
-        process_group: The processes that train this model; None for those of the engine around it (DDP, FSDP2).
+        process_group: The processes that train this model; None for those of the engine around it (DDP, FSDP2,
+            ZeRO).
 
     Raises:
         AlreadyAttachedError: If the model, a part of it or a whole around it has a selector.
@@ -60,6 +63,7 @@ class RoseSelector:
         self.scores = scores if scores is not None else Scores()
         self.processes = Processes(process_group)
         self.live = LiveUnits(model, config)
+        refuse_split([param for name in self.live.by_adapter for _, param in self.live.all_parameters(name)])
         self.adapters = steer(self.live, host, {})
         self._current = ""
         # Masked steps in this process; the state's count goes back with a checkpoint.
@@ -114,7 +118,7 @@ class RoseSelector:
         """
         self._follow()
         if self._homes.has_saved(optimizer):
-            groups = owned_groups(optimizer)
+            groups = self._engine.groups(optimizer)
             for name, steered in self.adapters.items():
                 self._homes.adopt(name, steered.state, self.live.all_parameters(name), optimizer, groups)
 
@@ -154,6 +158,11 @@ class RoseSelector:
             self.live.refresh()
             self.adapters = steer(self.live, self.host, self.adapters)
 
+    @property
+    def _engine(self) -> Engine:
+        """What is around the model, as far as it has been seen."""
+        return self.passes.around.engine
+
     def _training(self) -> list[Steered]:
         return [self.adapters[name] for name in self.live.training() if name in self.adapters]
 
@@ -165,24 +174,33 @@ class RoseSelector:
             self._flights.settle()
             self._follow()
             self.passes.before(module, kwargs)
+            inside = self._engine.optimizer
+            if inside is not None and module.training:  # what an engine loads goes past the user's hands
+                self.restore(inside)
 
     # The optimizer side: gather, decide, apply, record --------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute the masks of this step and let them act; does nothing for an optimizer that holds no unit."""
+        turn = self._engine.turn(optimizer)
+        if not turn.first:
+            self._flights.go_on(optimizer, turn)
+            return
         self._flights.settle(optimizer)
         self._follow()
-        groups = owned_groups(optimizer)
+        groups = self._engine.groups(optimizer)
         held = self._held(groups)
         if not held:
             for steered in self._training():
-                steered.watchdog.foreign_step(optimizer, self.live.parameters(steered.name))
+                waiting = self.live.parameters(steered.name)
+                self.passes.around.before_step([param for _, param in waiting])
+                steered.watchdog.foreign_step(optimizer, waiting)
             return
         refuse_closure(args, kwargs)
         for name, parameters in held.items():
             self._refuse_other_optimizers(name, parameters, optimizer)
             self._homes.adopt(name, self.adapters[name].state, parameters, optimizer, groups)
-        stepping = {name: _stepping(parameters, optimizer, groups) for name, parameters in held.items()}
+        stepping = {name: self._stepping(parameters, optimizer, groups) for name, parameters in held.items()}
         stepping = {name: entries for name, entries in stepping.items() if entries}
         if not stepping or self._makes_state(optimizer):
             return
@@ -198,8 +216,9 @@ class RoseSelector:
             decision = self.decide(steered, self.gather(steered, entries, scale))
             self.processes.check_equal(steered.state.units, decision.masks, entries[0].param.device)
             masked += masked_parameters(decision.masks, entries)
-            decisions.append((steered, decision, [(entry.index, entry.param) for entry in entries]))
-        self._flights.start(Flight(weakref.ref(optimizer), MaskedStep(optimizer, masked, scale), decisions))
+            decisions.append((steered, decision, [(entry.index, entry.part.holder) for entry in entries]))
+        flight = Flight(weakref.ref(optimizer), masked, scale, decisions)
+        self._flights.start(flight, optimizer, turn)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Finish masked units and record the step."""
@@ -214,9 +233,10 @@ class RoseSelector:
 
     def gather(self, steered: Steered, stepping: Sequence[Stepping], scale: float) -> Gathered:
         """Fetch what the masks of one adapter are made of."""
-        self.processes.find(self.host, [entry.param for entry in stepping])
+        self.passes.around.before_step([entry.param for entry in stepping])
+        self.processes.follow(self._engine.process_groups)
         self.processes.warn_if_alone()
-        return gather(steered, stepping, self.scores, self.processes, scale)
+        return gather(steered, stepping, self.scores, self.processes, scale, self._engine.splits)
 
     def decide(self, steered: Steered, gathered: Gathered) -> Decision:
         """Make the masks of one adapter; changes nothing."""
@@ -229,6 +249,13 @@ class RoseSelector:
         unused = not self.passes.seen and all(steered.window.is_empty for steered in self.adapters.values())
         still = all(float(group["lr"]) == 0 for group in optimizer.param_groups)
         return unused and still and not optimizer.state
+
+    def _stepping(self, parameters: IndexedTensors, optimizer: Optimizer, groups: dict[int, Group]) -> list[Stepping]:
+        return [
+            Stepping(index, param, optimizer, groups[id(param)], self._engine)
+            for index, param in parameters
+            if self._engine.steps(param)
+        ]
 
     def _held(self, groups: dict[int, Group]) -> dict[str, IndexedTensors]:
         """(unit index, parameter) of each adapter that an optimizer holds, inactive ones with gradients included."""
@@ -249,12 +276,6 @@ class RoseSelector:
             )
         missing = {id(param) for _, param in self.live.parameters(name)} - mine
         self._homes.refuse_spread(optimizer, mine, missing)
-
-
-def _stepping(parameters: IndexedTensors, optimizer: Optimizer, groups: dict[int, Group]) -> list[Stepping]:
-    return [
-        Stepping(index, param, optimizer, groups[id(param)]) for index, param in parameters if param.grad is not None
-    ]
 
 
 def _refuse_overlap(host: nn.Module, model: nn.Module) -> None:

@@ -99,6 +99,21 @@ MAX_RISK_SCALE = 2.0**24
 RISK_SCALE_GROWTH_STEPS = 200
 
 
+@dataclass(frozen=True)
+class Record:
+    """New values of a state, and the one row of the history that changes.
+
+    Args:
+        values: By name.
+        column: Which row of the history.
+        row: What it becomes, float32 [U].
+    """
+
+    values: dict[str, Tensor]
+    column: int
+    row: Tensor
+
+
 class SelectionState:
     """
     Counts and last values per unit of one adapter, on the CPU.
@@ -192,38 +207,59 @@ class SelectionState:
         Args:
             decision: What was decided for it; units without a gradient do not count.
         """
+        self.put(self.after(decision))
+
+    def after(self, decision: Decision) -> Record:
+        """What the values are after a step; changes nothing.
+
+        Args:
+            decision: What was decided for the step.
+        """
+        new: dict[str, Tensor] = {}
         for name, ranking in (("first", decision.first), ("second", decision.second)):
             if ranking is not None:
-                self.values[f"{name}_scores"].copy_(ranking.scores)
-                self.values[f"{name}_thresholds"].copy_(ranking.thresholds)
-                self.values[f"{name}_mask"].copy_(ranking.mask)
+                new[f"{name}_scores"] = ranking.scores.double()
+                new[f"{name}_thresholds"] = ranking.thresholds.double()
+                new[f"{name}_mask"] = ranking.mask
         if decision.risk is not None:
-            self._record_risk(decision.risk)
+            new |= self._after_risk(decision.risk)
         if decision.average is not None:
-            self.risk_average.copy_(decision.average)
+            new["risk_average"] = decision.average
         masks = torch.where(decision.stepped, decision.masks, torch.zeros_like(decision.masks))
-        self.last_mask.copy_(masks)
-        self.last_stepped.copy_(decision.stepped)
-        self.mask_sum.add_(masks)
-        self.unit_steps.add_(decision.stepped)
-        column = int(self.steps) // int(self.history_stride)
+        new["last_mask"], new["last_stepped"] = masks, decision.stepped
+        new["mask_sum"] = self.mask_sum + masks
+        new["unit_steps"] = self.unit_steps + decision.stepped
+        new["steps"] = self.steps + 1
+        stride = int(self.history_stride)
+        column = int(self.steps) // stride
         if column >= HISTORY_LENGTH:
             # Halve the resolution instead of growing: the picture stays, the memory does not.
             half = HISTORY_LENGTH // 2
-            self.history[:half] = (self.history[0::2] + self.history[1::2]) / 2
-            self.history[half:] = 0
-            self.history_stride.mul_(2)
-            column = int(self.steps) // int(self.history_stride)
-        self.history[column] += masks / int(self.history_stride)
-        self.steps.add_(1)
+            new["history"] = torch.zeros_like(self.history)
+            new["history"][:half] = (self.history[0::2] + self.history[1::2]) / 2
+            stride *= 2
+            new["history_stride"] = torch.full_like(self.history_stride, stride)
+            column = int(self.steps) // stride
+        row = new.get("history", self.history)[column] + masks / stride
+        return Record(new, column, row)
 
-    def _record_risk(self, risk: RiskFigures) -> None:
-        self.skipped.add_(int(risk.skipped))
-        self.whole.add_(int(risk.whole))
+    def put(self, record: Record) -> None:
+        """Write new values down; doing so again after an interruption changes nothing.
+
+        Args:
+            record: What `after` made.
+        """
+        for name, value in record.values.items():
+            self.values[name].copy_(value)
+        self.history[record.column] = record.row
+
+    def _after_risk(self, risk: RiskFigures) -> dict[str, Tensor]:
+        new = {"skipped": self.skipped + int(risk.skipped), "whole": self.whole + int(risk.whole)}
         if risk.skipped:
-            self.risk_scale.div_(2).clamp_(min=1.0)
+            new["risk_scale"] = (self.risk_scale / 2).clamp(min=1.0)
         elif int(self.steps) % RISK_SCALE_GROWTH_STEPS == RISK_SCALE_GROWTH_STEPS - 1:
-            self.risk_scale.mul_(2).clamp_(max=MAX_RISK_SCALE)
+            new["risk_scale"] = (self.risk_scale * 2).clamp(max=MAX_RISK_SCALE)
+        return new
 
     def load(self, values: dict[str, Any]) -> None:
         """Take over saved values.

@@ -38,7 +38,7 @@ class ROSEModel(BaseTuner):
 
     Args:
         model: Base model, changed in place.
-        config: One ROSEConfig, or a dictionary of them by adapter name.
+        peft_config: One ROSEConfig, or a dictionary of them by adapter name.
         adapter_name: Name of the adapter.
         **kwargs: As in `BaseTuner`.
     """

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engines.seam import Group, Part
+from .errors import UnsupportedOptimizerError
 from .norms import local_part
-from .optimizers import Group, MomentumRule, momentum_of, momentum_rule, readable_rule, restore_groups, split_groups
+from .optimizers import MomentumRule, momentum_of, momentum_rule, readable_rule, restore_groups, split_groups
 from .scores import Stepping
 
 
@@ -29,14 +31,14 @@ class Masked:
     """One parameter with a gradient whose mask is below 1.
 
     Args:
-        param: The parameter.
+        part: What this process steps of it.
         group: Its parameter group.
         share: Mask w of its unit, in [0, 1).
         rest: 1 - w, as rounded by whoever made the mask.
         rule: How the optimizer keeps its momentum, or None where that cannot be read.
     """
 
-    param: Tensor
+    part: Part
     group: Group
     share: float
     rest: float
@@ -51,26 +53,23 @@ def masked_parameters(mask: Tensor, stepping: Sequence[Stepping]) -> list[Masked
         stepping: The parameters with a gradient.
     """
     shares, rests = mask.tolist(), (1 - mask).tolist()
-    held = [entry for entry in stepping if shares[entry.index] < 1]
-    of_group = {id(entry.group): entry for entry in held}
-    rules = {key: momentum_rule(entry.optimizer, entry.group) for key, entry in of_group.items()}
-    return [
-        Masked(
-            entry.param,
-            entry.group,
-            shares[entry.index],
-            rests[entry.index],
-            readable_rule(entry.optimizer, entry.param, rules[id(entry.group)]),
-        )
-        for entry in held
-    ]
+    rules: dict[int, MomentumRule | None] = {}  # by group: read once for all of its parameters
+    masked = []
+    for entry in stepping:
+        part = entry.part if shares[entry.index] < 1 else None
+        if part is not None and (part.place is None or part.place[1]):
+            if id(entry.group) not in rules:
+                rules[id(entry.group)] = momentum_rule(entry.optimizer, entry.group)
+            rule = readable_rule(entry.optimizer, part, rules[id(entry.group)])
+            masked.append(Masked(part, entry.group, shares[entry.index], rests[entry.index], rule))
+    return masked
 
 
 @dataclass
 class _Blended:
     """A gradient that was replaced for the step."""
 
-    param: Tensor
+    holder: Tensor
     grad: Tensor
     blended: Tensor
     version: int
@@ -89,51 +88,75 @@ class _Saved:
 
 class MaskedStep:
     """
-    One optimizer step under a mask, from its construction before the step to `finish` after it.
+    One optimizer step under a mask: `begin` before it, `finish` after it, `undo` where it was not taken.
 
     Args:
         optimizer: The optimizer that is about to step.
-        masked: The parameters whose update is held back, wholly or in part.
-        loss_scale: Scale that the gradients still carry.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, masked: Sequence[Masked], loss_scale: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._loss_scale = loss_scale
+        self._loss_scale = 1.0
         self._blended: list[_Blended] = []
         self._saved: list[_Saved] = []
-        self._left_out: list[Masked] = []
-        native = [item for item in masked if _is_native(optimizer, item)]
-        known = {id(item.param) for item in native}
-        try:
-            for item in masked:
-                if id(item.param) not in known:
-                    self._saved.append(self._save(item))
-            self._left_out = [item for item in native if item.share == 0]
-            self._blend([item for item in masked if item.share > 0 or id(item.param) not in known])
-            if native:
-                split_groups(optimizer, {id(item.param): item.share for item in native})
-        except BaseException:
-            self.give_back()
-            raise
+        self._ageing: list[_Ageing] = []
+        self._watched: list[tuple[Tensor, int]] = []
+
+    def begin(self, masked: Sequence[Masked], moving: Sequence[Tensor], loss_scale: float) -> None:
+        """Let the masks act on the gradients, and remember what has to be put right afterwards.
+
+        Args:
+            masked: The parameters whose update is held back, wholly or in part.
+            moving: What the optimizer moves, by which it is told whether it has.
+            loss_scale: Scale that the gradients still carry.
+        """
+        self._loss_scale = loss_scale
+        native = [item for item in masked if _is_native(self._optimizer, item)]
+        # Pieces have their holder in common; they are never native.
+        known = {id(item.part.holder) for item in native}
+        left_out = {id(item.part.holder) for item in native if item.share == 0}
+        self._watched = [(tensor, tensor._version) for tensor in moving if id(tensor) not in left_out]
+        for item in masked:
+            if id(item.part.holder) not in known:
+                self._saved.append(self._save(item))
+        self._ageing = _ageing(self._optimizer, [item for item in native if item.share == 0])
+        self._blend([item for item in masked if item.share > 0 or id(item.part.holder) not in known])
+        if native:
+            split_groups(self._optimizer, {id(item.part.holder): item.share for item in native})
+
+    def taken(self) -> bool:
+        """Whether the optimizer has moved everything that it moves, going by what was written to."""
+        return bool(self._watched) and all(tensor._version != version for tensor, version in self._watched)
 
     def _save(self, item: Masked) -> _Saved:
-        state = self._optimizer.state.get(item.param, {})
+        state = self._optimizer.state.get(item.part.holder, {})
         keys = [key for key, value in state.items() if _is_kept(key, value, item)]
-        if item.rule is not None and item.share == 0 and item.rule.key not in keys:
-            keys.append(item.rule.key)
-        values = {key: _copied(state.get(key)) for key in keys}
-        return _Saved(item, item.param.detach().clone(), values, fresh_state=not state)
+        if item.rule is not None and item.share == 0:
+            keys += [key for key in (item.rule.key, *item.rule.companions) if key not in keys]
+        values = {key: self._copied(state.get(key), item.part) for key in keys}
+        return _Saved(item, item.part.of(item.part.holder).detach().clone(), values, fresh_state=not state)
+
+    def _copied(self, value: Any, part: Part) -> Tensor | None:
+        return self._of(value, part).detach().clone() if isinstance(value, Tensor) else None
+
+    def _of(self, value: Tensor, part: Part) -> Tensor:
+        """What belongs to a part in a tensor of the state."""
+        if part.place is not None and value.shape != part.holder.shape:
+            raise UnsupportedOptimizerError(
+                f"{type(self._optimizer).__name__} keeps state of shape {tuple(value.shape)} for a flat tensor of "
+                f"{part.holder.numel()} elements, so what belongs to one unit cannot be told. Under DeepSpeed use "
+                "torch.optim.AdamW or SGD with momentum."
+            )
+        return part.of(value)
 
     def _blend(self, items: Sequence[Masked]) -> None:
         """Replace gradients by w g + (1 - w) g0, in one kernel for all of one share and kind."""
         alike: dict[tuple[Any, ...], list[tuple[Masked, Tensor | None]]] = defaultdict(list)
         for item in items:
-            momentum = momentum_of(self._optimizer, item.param, item.rule) if item.rule is not None else None
-            assert item.param.grad is not None
+            momentum = momentum_of(self._optimizer, item.part, item.rule) if item.rule is not None else None
             alike[item.share, item.rest, item.rule, momentum is None].append((item, momentum))
         for (share, rest, rule, _), pairs in alike.items():
-            gradients = [item.param.grad for item, _ in pairs if item.param.grad is not None]
+            gradients = [item.part.gradient for item, _ in pairs]
             # A frozen unit must not see its gradient at all: 0 * NaN is NaN.
             blended = [torch.zeros_like(grad) for grad in gradients]
             if share > 0:
@@ -142,8 +165,11 @@ class MaskedStep:
             if rule is not None and momenta:
                 torch._foreach_add_(blended, momenta, alpha=rest * rule.stationary * self._loss_scale)
             for (item, _), grad, value in zip(pairs, gradients, blended, strict=True):
-                self._blended.append(_Blended(item.param, grad, value, value._version))
-                item.param.grad = value
+                if item.part.place is not None:
+                    grad.copy_(value)  # the engine throws it away after the step
+                    continue
+                self._blended.append(_Blended(item.part.holder, grad, value, value._version))
+                item.part.holder.grad = value
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -152,82 +178,130 @@ class MaskedStep:
         Repeating it after an interruption does no harm: each part knows whether it is done.
         """
         restore_groups(self._optimizer)
-        while self._left_out:
-            _age_second_moments(self._optimizer, self._left_out)
-            self._left_out = []
+        _age(self._ageing)
+        self._ageing = []
         while self._saved:
             self._put_right(self._saved[-1])
             self._saved.pop()
         self.give_back()
 
     def _put_right(self, saved: _Saved) -> None:
-        item, share = saved.masked, saved.masked.share
-        state = self._optimizer.state.get(item.param, {})
+        item, share, part = saved.masked, saved.masked.share, saved.masked.part
+        weights_now = part.of(part.holder)
+        state = self._optimizer.state.get(part.holder, {})
         masters = {key: value for key, value in state.items() if _is_master(key, value, item)}
         if share > 0:
             if not saved.results:  # made before anything is written, so that writing may be repeated
-                for key, now in masters.items():
-                    before = saved.state.get(key)
+                for key, value in masters.items():
+                    now, before = part.of(value), saved.state.get(key)
                     before = saved.weights.to(now.dtype) if before is None else before
                     saved.results.append((now, torch.lerp(before, now, share)))
-                weights = saved.results[0][1] if masters else torch.lerp(saved.weights, item.param, share)
-                saved.results.append((item.param, weights))
+                weights = saved.results[0][1] if masters else torch.lerp(saved.weights, weights_now, share)
+                saved.results.append((weights_now, weights))
             for now, result in saved.results:
                 now.copy_(result)
             return
-        item.param.copy_(saved.weights)
+        weights_now.copy_(saved.weights)
         if saved.fresh_state and item.rule is None:
-            self._optimizer.state.pop(item.param, None)  # as if it had not stepped
+            self._forget_state(part)
             return
-        for key, now in masters.items():
+        for key, value in masters.items():
             if saved.state.get(key) is None:
-                now.copy_(saved.weights)
+                part.of(value).copy_(saved.weights)
         for key, before in saved.state.items():
-            now = state.get(key)
-            if isinstance(now, Tensor):
+            value = state.get(key)
+            if isinstance(value, Tensor):
                 # Where there was none, weight decay in the gradient may have started one.
+                now = self._of(value, part)
                 now.zero_() if before is None else now.copy_(before)
 
+    def _forget_state(self, part: Part) -> None:
+        """Let the optimizer's state be as if it had not stepped."""
+        if part.place is None:
+            self._optimizer.state.pop(part.holder, None)
+            return
+        for key, value in self._optimizer.state.get(part.holder, {}).items():
+            if isinstance(value, Tensor) and key != "step":
+                self._of(value, part).zero_()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give gradients and groups back, and put frozen units back where the optimizer raised in the middle."""
+        moved = {id(tensor) for tensor, version in self._watched if tensor._version != version}
+        for saved in self._saved:
+            if saved.masked.share == 0 and id(saved.masked.part.holder) in moved:
+                self._put_right(saved)
+        self.give_back()
+
     def give_back(self) -> None:
-        """Give gradients and groups back without touching weights, as when the step itself raised.
+        """Give gradients and groups back without touching weights.
 
         A gradient that is no longer the blended one (the user has computed new ones since) is left alone.
         """
         restore_groups(self._optimizer)
         for item in self._blended:
-            if item.param.grad is item.blended and item.blended._version == item.version:
-                item.param.grad = item.grad
+            if item.holder.grad is item.blended and item.blended._version == item.version:
+                item.holder.grad = item.grad
         self._blended = []
         self._saved = []
-        self._left_out = []
+        self._ageing = []
+        self._watched = []
 
 
 def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:
     """Whether this is a step of torch's Adam or AdamW, whose move is linear in the learning rate."""
     group = item.group
+    if item.part.place is not None:  # what several units lie in cannot be left out for one
+        return False
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or group.get("differentiable"):
         return False
     if item.share > 0:
         return True
     decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay", False)
-    known = "exp_avg" in optimizer.state.get(item.param, {})
+    known = "exp_avg" in optimizer.state.get(item.part.holder, {})
     return known and not group.get("amsgrad") and (decoupled or group["weight_decay"] == 0)
 
 
-def _age_second_moments(optimizer: torch.optim.Optimizer, items: Iterable[Masked]) -> None:
+@dataclass(frozen=True)
+class _Ageing:
+    """The second moment of a frozen unit, and the versions before it ages: whatever is done already shows in them."""
+
+    beta: float
+    momentum: Tensor
+    square: Tensor
+    square_version: int
+    step: Tensor
+    step_version: int
+
+
+def _ageing(optimizer: torch.optim.Optimizer, items: Iterable[Masked]) -> list[_Ageing]:
+    found = []
+    for item in items:
+        state = optimizer.state[item.part.holder]
+        square, step = local_part(state["exp_avg_sq"]), state["step"]
+        beta = float(item.group["betas"][1])
+        momentum = local_part(state["exp_avg"])
+        found.append(_Ageing(beta, momentum, square, square._version, step, step._version))
+    return found
+
+
+def _age(items: Sequence[_Ageing]) -> None:
     """Let the second moments of frozen units drift to the squared momentum, as published, and their steps count.
 
     v <- beta2 v + (1 - beta2) m^2: what a step with the stationary gradient m does (section 3.3 of the reference).
     """
-    by_beta: dict[float, list[dict[str, Tensor]]] = defaultdict(list)
-    for item in items:
-        by_beta[float(item.group["betas"][1])].append(optimizer.state[item.param])
-    for beta, states in by_beta.items():
-        momenta = [local_part(state["exp_avg"]) for state in states]
-        squares = [local_part(state["exp_avg_sq"]) for state in states]
-        torch._foreach_mul_(squares, beta)
-        torch._foreach_addcmul_(squares, momenta, momenta, value=1 - beta)
-        torch._foreach_add_([state["step"] for state in states], 1)
+    for beta in {item.beta for item in items}:
+        alike = [item for item in items if item.beta == beta]
+        fresh = [item.square for item in alike if item.square._version == item.square_version]
+        if fresh:
+            torch._foreach_mul_(fresh, beta)
+        scaled = [item for item in alike if item.square._version == item.square_version + 1]
+        if scaled:
+            momenta = [item.momentum for item in scaled]
+            torch._foreach_addcmul_([item.square for item in scaled], momenta, momenta, value=1 - beta)
+    steps = [item.step for item in items if item.step._version == item.step_version]
+    if steps:
+        torch._foreach_add_(steps, 1)
 
 
 # Where the weights themselves live in an optimizer that keeps them in a wider dtype.
@@ -236,7 +310,7 @@ _MASTER_MARKS = ("master", "fp32")
 
 def _is_master(key: str, value: Any, item: Masked) -> bool:
     marked = any(mark in str(key).lower() for mark in _MASTER_MARKS)
-    return marked and isinstance(value, Tensor) and value.is_floating_point() and value.shape == item.param.shape
+    return marked and isinstance(value, Tensor) and value.is_floating_point() and value.shape == item.part.holder.shape
 
 
 def _is_kept(key: str, value: Any, item: Masked) -> bool:
@@ -246,9 +320,5 @@ def _is_kept(key: str, value: Any, item: Masked) -> bool:
     if not isinstance(value, Tensor) or item.share > 0:
         return False
     if item.rule is not None:
-        return key == item.rule.key
-    return value.numel() > 1 or value.shape == item.param.shape
-
-
-def _copied(value: Any) -> Tensor | None:
-    return value.detach().clone() if isinstance(value, Tensor) else None
+        return key == item.rule.key or key in item.rule.companions
+    return key != "step"

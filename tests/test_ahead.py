@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -165,3 +167,24 @@ def test_compiled_models_are_refused() -> None:
     model.compile(backend="eager")
     with pytest.raises(UnsupportedEngineError, match=r"skip_frozen_gradients=True.*compiled"):
         model(**batch(model))
+
+
+def test_resumed_equals_uninterrupted_once_the_state_is_restored() -> None:
+    def run(steps: range, saved: tuple[dict, dict] | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = tiny_bert()
+        selector = attach_rose(model, skipping())
+        optimizer = adamw(model)
+        if saved is not None:
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(copy.deepcopy(saved[1]))
+            selector.restore(optimizer)
+        for step in steps:
+            forward_backward(model, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    whole, _ = run(range(7))
+    half, optimizer = run(range(3))
+    resumed, _ = run(range(3, 7), (half.state_dict(), optimizer.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import torch._inductor.config
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import Trainer, TrainingArguments
 
-from rose_peft import ROSEConfig, get_selector
+from rose_peft import RoseCallback, ROSEConfig, UnsupportedEngineError, get_selector
 from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.watching import assert_masks_acted, unit_weights
 
 STEPS = 4
 
@@ -77,3 +80,84 @@ def test_compiled_equals_eager(compiled: str, lora: bool) -> None:
 def test_inductor_equals_eager(compiled: str) -> None:
     with torch._inductor.config.patch(fallback_random=True):  # the draws of eager mode
         assert_steered(compiled, False, "inductor")
+
+
+# Batches of varying shape -------------------------------------------------------------------------------------------
+
+SHAPES = [(8, 8), (6, 10), (5, 12), (7, 7), (8, 9), (3, 8)]
+
+
+def train_on_shapes(compiled: bool, **fields: object) -> tuple[list[Tensor], dict[str, Tensor], int]:
+    """Train on batches of many shapes; returns masks, weights and the number of graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    base = tiny_bert(num_labels=2, num_hidden_layers=1)
+    batches = [batch(base, *shape, seed=step) for step, shape in enumerate(SHAPES)]
+    if compiled:
+        base = torch.compile(base, backend=counter)
+    model = get_peft_model(base, ROSEConfig(task_type="SEQ_CLS", upper_quantile=0.6, **fields))
+    selector = get_selector(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    masks = []
+    for step, inputs in enumerate(batches):
+        torch.manual_seed(step)
+        model(**inputs).loss.backward()
+        before = unit_weights(selector)
+        optimizer.step()
+        assert_masks_acted(selector, before)
+        optimizer.zero_grad()
+        masks.append(selector.state.last_mask.clone())
+    weights = {
+        name.replace("_orig_mod.", ""): param.detach()
+        for name, param in model.named_parameters()
+        if "key" not in name or "bias" not in name
+    }
+    return masks, weights, counter.frame_count
+
+
+def test_sampled_passes_and_batches_of_varying_shape() -> None:
+    """The small pass is one more shape, and gives its graph up, as compiled ones with dynamic shapes want it."""
+    fields = {"risk_pass": "sampled", "risk_interval": 2, "strategy": "first_order"}
+    masks, weights, graphs = train_on_shapes(True, **fields)
+    eager_masks, eager_weights, _ = train_on_shapes(False, **fields)
+    assert all(torch.equal(one, two) for one, two in zip(masks, eager_masks, strict=True))
+    torch.testing.assert_close(weights, eager_weights, rtol=1e-4, atol=1e-5)
+    assert 0 < graphs <= 4  # static and dynamic shapes, with gradients and without
+
+
+def test_paired_passes_and_batches_of_varying_shape_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UnsupportedEngineError, match=r"donated_buffer = False.*risk_pass='sampled'"):
+        train_on_shapes(True)
+
+
+@pytest.mark.slow
+def test_paired_passes_and_batches_of_varying_shape_train_by_the_way_out() -> None:
+    with torch._functorch.config.patch(donated_buffer=False):
+        masks, weights, _ = train_on_shapes(True)
+    eager_masks, eager_weights, _ = train_on_shapes(False)
+    assert all(torch.equal(one, two) for one, two in zip(masks, eager_masks, strict=True))
+    torch.testing.assert_close(weights, eager_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_trainer_compiles(tmp_path: Path) -> None:
+    """TrainingArguments(torch_compile=True), with its own compiler, and a last batch that is smaller."""
+    model = get_peft_model(
+        tiny_bert(num_labels=2, num_hidden_layers=1),
+        ROSEConfig(task_type="SEQ_CLS", risk_pass="sampled", risk_interval=2, upper_quantile=0.6),
+    )
+    columns = batch(tiny_bert(num_labels=2), 19, 8)
+    rows = [{name: tensor[row] for name, tensor in columns.items()} for row in range(19)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        torch_compile=True,
+        num_train_epochs=2,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[RoseCallback()]).train()
+    statistics = get_selector(model).statistics()
+    assert statistics.steps == 6 and 0 < statistics.kept_share < 1

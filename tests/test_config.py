@@ -55,6 +55,7 @@ def one_clear_message(error: BaseException) -> str:
 
 # Fields -------------------------------------------------------------------------------------------------------------
 
+SAMPLED = {"risk_pass": "sampled"}
 BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"strategy": "third_order"}, ["strategy='third_order'", "first_order, second_order, ensemble"]),
     ({"strategy": "none"}, ["strategy='none'", "first_order, second_order, ensemble"]),
@@ -82,6 +83,23 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"dropout": "0.1"}, ["dropout='0.1'", "(0, 1)"]),
     ({"dropout": True}, ["dropout=True", "(0, 1)"]),
     ({"dropout": float("nan")}, ["dropout=nan", "(0, 1)"]),
+    ({"risk_pass": "half"}, ["risk_pass='half'", "paired, sampled"]),
+    ({"risk_pass": None}, ["risk_pass=None", "paired, sampled"]),
+    ({**SAMPLED, "risk_interval": 0}, ["risk_interval=0", "optimizer steps", "integer >= 1"]),
+    ({**SAMPLED, "risk_interval": 2.0}, ["risk_interval=2.0", "integer >= 1"]),
+    ({**SAMPLED, "risk_interval": True}, ["risk_interval=True", "integer >= 1"]),
+    ({**SAMPLED, "risk_fraction": 0}, ["risk_fraction=0 ", "(0, 1]"]),
+    ({**SAMPLED, "risk_fraction": 1.01}, ["risk_fraction=1.01", "(0, 1]"]),
+    ({**SAMPLED, "risk_fraction": True}, ["risk_fraction=True", "(0, 1]"]),
+    ({**SAMPLED, "risk_fraction": float("nan")}, ["risk_fraction=nan", "(0, 1]"]),
+    ({**SAMPLED, "risk_smoothing": 1}, ["risk_smoothing=1 ", "[0, 1)"]),
+    ({**SAMPLED, "risk_smoothing": -0.1}, ["risk_smoothing=-0.1", "[0, 1)"]),
+    ({**SAMPLED, "risk_smoothing": "0.5"}, ["risk_smoothing='0.5'", "[0, 1)"]),
+    ({**SAMPLED, "risk_smoothing": float("nan")}, ["risk_smoothing=nan", "[0, 1)"]),
+    ({"risk_pass": "paired", "risk_interval": 2}, ["risk_interval=2", "risk_pass='paired'", "risk_pass='sampled'"]),
+    ({"risk_pass": "paired", "risk_fraction": 1.0}, ["risk_fraction=1.0", "no effect", "risk_pass='sampled'"]),
+    ({"risk_pass": "paired", "risk_smoothing": 0.9}, ["risk_smoothing=0.9", "no effect", "risk_pass='sampled'"]),
+    ({**SAMPLED, "strategy": "second_order"}, ["risk_pass='sampled'", "second_order", "'first_order' or 'ensemble'"]),
     ({"base_config": "lora"}, ["base_config='lora'", "LoraConfig(r=8)"]),
     ({"base_config": ROSEConfig()}, ["base_config", "itself a ROSEConfig", "LoraConfig(r=8)"]),
     ({"base_config": peft.PromptTuningConfig(num_virtual_tokens=2)}, ["base_config", "PROMPT_TUNING", "LoraConfig"]),
@@ -120,6 +138,8 @@ def test_bad_fields_name_field_value_and_way_out(fields: dict[str, Any], found: 
         {"warmup_steps": 0},
         {"dropout": 1e-3},
         {"strategy": "first_order", "upper_quantile": 0.01},
+        {**SAMPLED, "risk_interval": 1, "risk_fraction": 1, "risk_smoothing": 0},
+        {**SAMPLED, "risk_interval": 1000, "risk_fraction": 1e-6, "risk_smoothing": 0.999},
     ],
     ids=str,
 )
@@ -153,6 +173,7 @@ def test_every_field_has_help_and_defaults_are_those_of_the_readme() -> None:
         "target_modules": None,
         "exclude_modules": None,
         "modules_to_save": None,
+        "original_weights": "keep",
         "base_config": None,
     }
     assert all(len(field.metadata.get("help", "")) > 20 for field in own.values())

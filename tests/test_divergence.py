@@ -102,6 +102,15 @@ def test_half_precision_logits_are_compared_in_float32(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "multi_label", "regression"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_outputs_of_two_dtypes_are_compared_in_the_wider(kind, half):
+    """An engine may cast what the user's own pass returns, and not what ours does."""
+    one, two = logits(3, 4, seed=1).float(), logits(3, 4, seed=2).to(half)
+    assert torch.equal(divergence(one, two, kind), divergence(one, two.float(), kind))
+    assert torch.equal(divergence(two, one, kind), divergence(two.float(), one, kind))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "multi_label", "regression"])
 def test_extreme_logits_stay_finite(kind):
     one = torch.tensor([[1e4, -1e4, 0.0]]).requires_grad_()
     two = torch.tensor([[-1e4, 1e4, 0.0]]).requires_grad_()

@@ -80,14 +80,19 @@ def optimizer_of(model: nn.Module) -> tuple[torch.optim.Optimizer, LambdaLR]:
     return optimizer, get_linear_schedule_with_warmup(optimizer, 0, STEPS)
 
 
-def classifier(strategy: str | None = "ensemble", lora: bool = False) -> nn.Module:
+def risk_fields(risk_pass: str) -> dict[str, Any]:
+    """Sampled passes at every second step: a training of a few steps has steps with and without."""
+    return {"risk_pass": risk_pass, **({"risk_interval": 2} if risk_pass == "sampled" else {})}
+
+
+def classifier(strategy: str | None = "ensemble", lora: bool = False, risk_pass: str = "paired") -> nn.Module:
     """A tiny PEFT model; without a strategy ROSE is taken off again."""
     inner = LoraConfig(r=4, target_modules=["query", "value", "dense"]) if lora else None
     base = tiny_bert(num_labels=2)
     # BERT takes keywords for its loss and ignores them: the Trainer of transformers 5 leaves the division to it.
     base.accepts_loss_kwargs = False
-    config = ROSEConfig(task_type="SEQ_CLS", base_config=inner, strategy=strategy or "ensemble", upper_quantile=0.6)
-    model = get_peft_model(base, config)
+    fields = {"task_type": "SEQ_CLS", "base_config": inner, "upper_quantile": 0.6, **risk_fields(risk_pass)}
+    model = get_peft_model(base, ROSEConfig(strategy=strategy or "ensemble", **fields))
     if strategy is None:
         detach_rose(model)
     return model
@@ -220,6 +225,68 @@ def test_without_rose_a_loop_is_plain_fine_tuning(loop: str, tmp_path: Path) -> 
     assert not [name for name in plain if not torch.equal(copies[name], plain[name])]
 
 
+# The sampled risk pass -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_with_sampled_passes_too_a_loop_is_the_plain_loop(loop: str, tmp_path: Path) -> None:
+    wanted = train(plain_loop, classifier(risk_pass="sampled"), tmp_path)
+    assert_same_training(train(LOOPS[loop], classifier(risk_pass="sampled"), tmp_path), wanted)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("loop", ["plain", *LOOPS])
+def test_sampled_passes_with_nothing_frozen_are_plain_fine_tuning(loop: str, lora: bool, tmp_path: Path) -> None:
+    """Draws are not fixed here: they must be what they are without ROSE."""
+    found = []
+    for rose in (False, True):
+        torch.manual_seed(0)
+        model = classifier(lora=lora, risk_pass="sampled")
+        selector = find_selector(model)
+        if rose:
+            selector.config.upper_quantile = 1.0
+        else:
+            detach_rose(model)
+        torch.manual_seed(1)
+        {"plain": plain_loop, **LOOPS}[loop](model, tmp_path)
+        found.append({name: param.detach() for name, param in model.named_parameters()})
+        found[-1]["draws"] = torch.get_rng_state()
+    assert selector.statistics().steps == STEPS and selector.statistics().kept_share == 1
+    assert (selector.state.risk_average[0] > 0).all()
+    assert not [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
+
+
+def test_sampled_passes_are_resumed_by_accelerate(tmp_path: Path) -> None:
+    """`save_state` and `load_state` and nothing else, at a step whose risk pass is due."""
+
+    def start() -> tuple[Accelerator, nn.Module, torch.optim.Optimizer, Any]:
+        accelerator = Accelerator(cpu=True)
+        model = classifier(risk_pass="sampled").train()
+        optimizer, _ = optimizer_of(model)
+        return accelerator, *accelerator.prepare(model, optimizer, loader())
+
+    def go_on(accelerator: Accelerator, model: nn.Module, optimizer: Any, batches: Any) -> None:
+        for batch in batches:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    accelerator, model, optimizer, data = start()
+    batches = list(data)
+    go_on(accelerator, model, optimizer, batches[:4])
+    accelerator.save_state(str(tmp_path))
+    go_on(accelerator, model, optimizer, batches[4:])
+    torch.manual_seed(99)
+    again, other, resumed, _ = start()
+    again.load_state(str(tmp_path))
+    go_on(again, other, resumed, batches[4:])
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    states = [find_selector(each).state for each in (model, other)]
+    assert int(states[0].steps) == len(batches) and torch.equal(states[0].risk_average, states[1].risk_average)
+    assert torch.equal(states[0].mask_history()[0], states[1].mask_history()[0])
+
+
 class Pattern(nn.Module):
     """Dropout with a fixed pattern per pass, the same in every row: what is left of it does not depend on batches."""
 
@@ -286,10 +353,11 @@ def next_tokens(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "labels": labels}
 
 
-def causal(strategy: str = "ensemble", lora: bool = True) -> nn.Module:
+def causal(strategy: str = "ensemble", lora: bool = True, risk_pass: str = "paired") -> nn.Module:
     """Over LoRA, or a plain model trained in place: TRL refuses tuner layers on the language model head."""
     inner = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]) if lora else None
-    config = ROSEConfig(task_type="CAUSAL_LM", base_config=inner, strategy=strategy, upper_quantile=0.6, dropout=0.1)
+    fields = {"task_type": "CAUSAL_LM", "base_config": inner, "upper_quantile": 0.6, **risk_fields(risk_pass)}
+    config = ROSEConfig(strategy=strategy, dropout=0.1, **fields)
     model = tiny_llama()
     if lora:
         return get_peft_model(model, config)
@@ -342,6 +410,37 @@ def test_sft_as_it_comes(tmp_path: Path) -> None:
     trainer = sft_trainer(tiny_llama(), tmp_path, config)
     trainer.add_callback(RoseCallback())
     train(lambda model, folder: trainer.train(), trainer.model, tmp_path)
+
+
+def test_sampled_passes_see_the_logits_that_sft_leaves_out(tmp_path: Path) -> None:
+    """Small passes over some rows, every second step; the user's own pass stays the only one over all."""
+    model = causal(risk_pass="sampled")
+    trainer = sft_trainer(model, tmp_path, **PLAIN_SFT)
+    sizes: list[int] = []
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    trainer.train()
+    statistics = find_selector(model).statistics()
+    assert statistics.steps == STEPS and 0 < statistics.kept_share < 1 and statistics.whole_risk_passes == 0
+    own, small = [size for size in sizes if size == SIZE], [size for size in sizes if size == 1]
+    assert len(own) == STEPS * ACCUMULATION and len(own) + len(small) == len(sizes)
+    # Two for each micro-batch of steps 0, 2 and 4, and in the first step two looks for any dropout.
+    assert len(small) == 2 * 3 * ACCUMULATION + ACCUMULATION
+
+
+def test_sampled_passes_with_nothing_frozen_are_plain_sft(tmp_path: Path) -> None:
+    inner = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    fields = {"upper_quantile": 1.0, "base_config": inner, **risk_fields("sampled")}
+    found = []
+    for rose in (False, True):
+        model = get_peft_model(tiny_llama(), ROSEConfig(task_type="CAUSAL_LM", **fields))
+        if not rose:
+            detach_rose(model)
+        torch.manual_seed(1)
+        sft_trainer(model, tmp_path, **PLAIN_SFT).train()
+        found.append(dict(model.named_parameters()))
+    assert find_selector(model).statistics().steps == STEPS
+    assert not [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
 
 
 def test_a_pass_without_logits_is_ranked_by_two_more(tmp_path: Path) -> None:

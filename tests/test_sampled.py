@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Callable
@@ -13,11 +14,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from rose_peft import ROSEConfig, attach_rose, detach_rose, get_selector
-from tests.helpers.comparing import assert_same
+from rose_peft import (
+    ROSEConfig,
+    RoseInactiveError,
+    UnsupportedEngineError,
+    attach_rose,
+    detach_rose,
+    get_selector,
+    watchdog,
+)
+from rose_peft.decision import averaged, smooth
+from rose_peft.outputs import logits_of
+from rose_peft.sampled import aside
+from rose_peft.selector import RoseSelector
+from tests.helpers.comparing import assert_same, everything
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 
 STRATEGIES = ["first_order", "ensemble"]
@@ -106,11 +122,11 @@ def t5() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    sizes = {
-        key: SIZES[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    }
+    sizes = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
     chances = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    return tf.ViTForImageClassification(tf.ViTConfig(**sizes, **chances, image_size=8, patch_size=4))
+    return tf.ViTForImageClassification(
+        tf.ViTConfig(**sizes, **chances, num_attention_heads=2, image_size=8, patch_size=4)
+    )
 
 
 def gpt2() -> nn.Module:
@@ -273,16 +289,564 @@ def test_passes_draw_anew_each_time_and_the_same_from_the_same_state() -> None:
     assert torch.equal(one, three) and not torch.equal(one, two)
 
 
-def test_random_states_of_python_and_numpy_seed_it_too() -> None:
-    model = build(KINDS["batch norm"], False, rose=True, risk_interval=1, risk_smoothing=0.0, **NOTHING_FROZEN)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    found = []
-    for seeds in ((1, 1), (2, 1), (1, 2), (1, 1)):
-        torch.manual_seed(0)
-        random.seed(seeds[0])
-        numpy.random.seed(seeds[1])
-        model(**pictures(4)(6, 0))["loss"].backward()
+def test_the_draws_follow_from_the_users_generator_of_torch() -> None:
+    """Not from those of Python and NumPy, which a user who never needed them has not seeded."""
+    module = nn.Linear(1, 1)
+
+    def draw(seed: int) -> tuple[float, ...]:
+        torch.manual_seed(seed)
+        random.seed()
+        numpy.random.seed()
+        before = draws()
+        with aside(module):
+            inside = float(torch.rand(())), random.random(), float(numpy.random.rand())
+        assert draws() == before
+        return (*inside, float(torch.rand(())))
+
+    one, two, three = draw(1), draw(2), draw(1)
+    assert one == three and not set(one) & set(two)
+    assert one[0] != one[3]  # what the user draws next is something else
+
+
+def test_after_an_error_everything_is_back_in_its_place() -> None:
+    model = Picture().train()
+    model.blocks[0].gradient_checkpointing = True
+    buffers, before = dict(model.named_buffers()), draws()
+    with pytest.raises(KeyError), aside(model):
+        assert not model.blocks[0].gradient_checkpointing
+        model(**pictures(4)(2, 0))
+        raise KeyError
+    assert model.blocks[0].gradient_checkpointing is True and draws() == before
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert all(int(buffer) == 0 for name, buffer in buffers.items() if name.endswith(("calls", "num_batches_tracked")))
+
+
+def test_quantized_weights_are_not_copied() -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.int32))
+    layer.register_buffer("scales", torch.ones(2))
+    originals = dict(layer.named_buffers())
+    with aside(layer):
+        assert layer.qweight is originals["qweight"] and layer.scales is not originals["scales"]
+
+
+# Smoothing ----------------------------------------------------------------------------------------------------------
+
+positive = st.floats(1e-6, 1e6)
+
+
+@given(st.lists(st.lists(positive, min_size=3, max_size=3), min_size=1, max_size=12), st.floats(0, 0.99))
+def test_the_average_is_bias_corrected(means: list[list[float]], smoothing: float) -> None:
+    average = torch.zeros(2, 3, dtype=torch.float64)
+    for mean in means:
+        average = smooth(average, torch.tensor(mean, dtype=torch.float64), smoothing)
+    weights = torch.tensor([smoothing**age for age in range(len(means))][::-1], dtype=torch.float64)
+    expected = (weights[:, None] * torch.tensor(means, dtype=torch.float64)).sum(0) / weights.sum()
+    torch.testing.assert_close(averaged(average), expected, rtol=1e-9, atol=0)
+
+
+@given(positive, st.integers(1, 20), st.floats(0, 0.99))
+def test_the_average_of_a_constant_is_the_constant(value: float, count: int, smoothing: float) -> None:
+    average = torch.zeros(2, 1, dtype=torch.float64)
+    for _ in range(count):
+        average = smooth(average, torch.tensor([value], dtype=torch.float64), smoothing)
+    assert float(averaged(average)) == pytest.approx(value, rel=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), positive), min_size=1, max_size=12), st.floats(0, 0.99))
+def test_units_that_a_pass_does_not_reach_keep_theirs(passes: list[tuple[bool, float]], smoothing: float) -> None:
+    """Unit 0 is reached by every pass, unit 1, an expert, by some: its average is that of those alone."""
+    both, alone = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+    for reached, value in passes:
+        both = smooth(both, torch.tensor([1.0, value if reached else 0.0], dtype=torch.float64), smoothing)
+        if reached:
+            alone = smooth(alone, torch.tensor([value], dtype=torch.float64), smoothing)
+    assert torch.equal(both[:, 1:], alone)
+    found, only = averaged(both), averaged(alone)
+    assert float(found[0]) == pytest.approx(1.0)
+    assert only is None or float(found[1]) == float(only)
+    assert only is not None or float(found[1]) == 0  # nothing to be ranked by yet
+
+
+def test_smoothing_changes_nothing_in_place() -> None:
+    average, mean = torch.rand(2, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    before = average.clone(), mean.clone()
+    smooth(average, mean, 0.5)
+    assert torch.equal(average, before[0]) and torch.equal(mean, before[1])
+    assert averaged(torch.zeros(2, 3, dtype=torch.float64)) is None
+
+
+def recorded(model: nn.Module, steps: int, **fields: Any) -> tuple[RoseSelector, list[Any]]:
+    """Train, and keep (risk figures, average after the step, masks) of every step."""
+    selector = attach_rose(model, sampled(**fields))
+    gathered: list[Any] = []
+    original = selector.gather
+    selector.gather = lambda *args: gathered.append(original(*args)) or gathered[-1]  # type: ignore[method-assign]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    seen = []
+    for number in range(steps):
+        step(model, optimizer, number)
+        seen.append((gathered[-1].risk, selector.state.risk_average.clone(), selector.state.last_mask.clone()))
+    return selector, seen
+
+
+def test_masks_rank_the_average_of_all_passes_so_far() -> None:
+    smoothing = 0.2
+    selector, seen = recorded(tiny_bert(), 18, risk_interval=3, risk_smoothing=smoothing, upper_quantile=0.7)
+    sums = torch.zeros(len(selector.units), dtype=torch.float64)
+    weight = 0.0
+    for number, (risk, average, mask) in enumerate(seen):
+        assert (risk is not None) == (number % 3 == 0)
+        if risk is not None:
+            sums, weight = smoothing * sums + 0.8 * risk.square_sum / risk.finite, smoothing * weight + 0.8
+        torch.testing.assert_close(average[0], sums, rtol=1e-12, atol=0)
+        scores = (sums / weight).sqrt().float()
+        assert torch.equal(mask.bool(), scores <= scores.quantile(0.7))
+    masks = [mask for _, _, mask in seen]
+    assert torch.equal(masks[0], masks[2]) and not all(torch.equal(masks[0], mask) for mask in masks)
+
+
+def test_the_interval_counts_optimizer_steps_and_each_micro_batch_has_a_pass() -> None:
+    model = tiny_bert()
+    selector = attach_rose(model, sampled(risk_interval=2))
+    optimizer = adamw(model)
+    counts = []
+    for number in range(4):
+        for micro in range(3):
+            model(**batch(model, seed=3 * number + micro)).loss.backward()
+        sums = selector.current.window.sums(torch.device("cpu"), torch.float64, False)
+        counts.append(int(selector.current.window.figures(sums).finite))
         optimizer.step()
-        found.append(get_selector(model).state.risk_average[0].clone())
-    # The running average differs from step to step, but does not enter in the same way: only draws may be compared.
-    assert len({tuple(norms.tolist()) for norms in found}) >= 3
+        optimizer.zero_grad()
+    assert counts == [3, 0, 3, 0]
+
+
+def test_a_step_that_is_not_taken_does_not_count() -> None:
+    """As after an overflow under a GradScaler: the risk pass of the next one is due again."""
+    model = tiny_bert()
+    selector = attach_rose(model, sampled(risk_interval=4))
+    model(**batch(model)).loss.backward()
+    model.zero_grad()
+    model(**batch(model, seed=1)).loss.backward()
+    adamw(model).step()
+    assert selector.statistics().steps == 1 and (selector.state.risk_average[1] > 0).all()
+
+
+class Sometimes(nn.Module):
+    """Logits that are not finite in the passes that are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
+        self.dropout = nn.Dropout(0.2)
+        self.factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(self.dropout(x))) + x
+        return x * self.factor
+
+
+def test_a_pass_that_is_not_finite_is_skipped_and_the_average_kept() -> None:
+    model = Sometimes()
+    selector = attach_rose(model, sampled(risk_interval=1))
+    optimizer = adamw(model)
+    averages, masks = [], []
+    for number in range(4):
+        model.factor = float("inf") if number == 2 else 1.0
+        logits = model(torch.randn(8, 8, generator=torch.Generator().manual_seed(number)))
+        (logits / model.factor if number != 2 else torch.nan_to_num(logits, 0.0, 0.0, 0.0) + 0 * logits.detach()).sum()
+        loss = sum(layer(torch.ones(8)).square().sum() for layer in model.layers)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.append(selector.state.risk_average.clone())
+        masks.append(selector.state.last_mask.clone())
+    assert selector.statistics().skipped_risk_passes == 1
+    assert torch.equal(averages[1], averages[2]) and not torch.equal(averages[2], averages[3])
+    assert torch.equal(masks[1], masks[2]) and averages[3].isfinite().all()
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_warm_up_masks_nothing_and_averages_already() -> None:
+    _, seen = recorded(tiny_bert(), 6, risk_interval=2, warmup_steps=5)
+    assert all((mask == 1).all() for _, _, mask in seen[:5]) and (seen[5][2] == 0).any()
+    assert [risk is not None for risk, _, _ in seen] == [True, False] * 3
+    assert float(seen[4][1][1, 0]) == 1 - 0.5**3
+
+
+def test_two_adapters_in_turn_keep_their_own_averages_and_intervals() -> None:
+    targets = ["query", "value", "dense"]
+    model = get_peft_model(tiny_bert(), sampled(target_modules=targets, risk_interval=2))
+    model.add_adapter("other", sampled(target_modules=targets, risk_interval=3))
+    selector = get_selector(model)
+    optimizer = torch.optim.AdamW([param for name, param in model.named_parameters() if ".rose_" in name], lr=1e-2)
+    changes: dict[str, list[bool]] = {"default": [], "other": []}
+    for number in range(12):
+        name = ("default", "other")[number % 2]
+        model.set_adapter(name)
+        assert selector.current.name == name
+        before = {key: steered.state.risk_average.clone() for key, steered in selector.adapters.items()}
+        step(model, optimizer, number)
+        after = {key: steered.state.risk_average for key, steered in selector.adapters.items()}
+        changes[name].append(not torch.equal(before[name], after[name]))
+        idle = "other" if name == "default" else "default"
+        assert torch.equal(before[idle], after[idle])
+    assert changes == {"default": [True, False] * 3, "other": [True, False, False] * 2}
+    assert not torch.equal(*(steered.state.risk_average for steered in selector.adapters.values()))
+
+
+# Nothing to rank by -------------------------------------------------------------------------------------------------
+
+
+def test_no_dropout_at_all_is_an_error_in_the_first_step() -> None:
+    model = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    attach_rose(model, sampled())
+    model(**batch(model)).loss.backward()
+    with pytest.raises(RoseInactiveError, match=r"dropout=None and the model has no active dropout"):
+        adamw(model).step()
+
+
+def test_dropout_that_goes_out_later_is_an_error_two_passes_after() -> None:
+    """Nearly equal outputs are looked at again before anything is said."""
+    model = tiny_bert()
+    attach_rose(model, sampled(risk_interval=1))
+    optimizer = adamw(model)
+    step(model, optimizer, 0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    step(model, optimizer, 1)
+    with pytest.raises(RoseInactiveError, match="no active dropout"):
+        step(model, optimizer, 2)
+
+
+class Beside(nn.Module):
+    """Dropout in a branch that the logits do not come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return {"logits": x, "extra": self.dropout(x)}
+
+
+def test_dropout_that_the_logits_do_not_see_is_an_error_after_a_while() -> None:
+    model = Beside()
+    attach_rose(model, sampled(risk_interval=1))
+    optimizer = adamw(model)
+    with pytest.raises(RoseInactiveError, match="both passes gave the same output"):
+        for _ in range(watchdog.IDLE_STEPS + 3):
+            model(torch.randn(8, 8))["extra"].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert get_selector(model).statistics().steps >= watchdog.IDLE_STEPS
+
+
+def test_a_model_in_eval_mode_is_an_error() -> None:
+    model = tiny_bert().eval()
+    attach_rose(model, sampled())
+    model(**batch(model)).loss.backward()
+    with pytest.raises(RoseInactiveError, match=r"eval mode.*model.train\(\)"):
+        adamw(model).step()
+
+
+class OnlyHead(Beside):
+    """Dropout behind the units, running statistics within them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = torch.tanh(layer(self.norm(x)))
+        return {"logits": self.head(self.dropout(x))}
+
+
+def test_dropout_in_the_head_alone_warns_once_and_leaves_no_trace() -> None:
+    """The look at the hidden states takes two more passes: running statistics and random states are as without."""
+    model, plain = OnlyHead(), OnlyHead()
+    plain.load_state_dict(model.state_dict())
+    attach_rose(model, sampled(risk_interval=1))
+    x = torch.randn(8, 8)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="dropout in the head alone"):
+        model(x)
+    after = draws()
+    torch.manual_seed(0)
+    plain(x)
+    assert draws() == after
+    assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+
+
+# Inputs -------------------------------------------------------------------------------------------------------------
+
+
+def whole_passes(model: nn.Module, inputs: dict[str, Any], *args: Any, units: int = 2) -> tuple[int, list[int]]:
+    """One step; returns how many whole passes were counted and the batch sizes that the model saw."""
+    selector = attach_rose(model, sampled(risk_fraction=0.25))
+    sizes: list[int] = []
+    first = next(module for module in model.modules() if isinstance(module, (nn.Embedding, nn.Linear, nn.Conv2d)))
+    first.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    output = model(*args, **inputs)
+    logits_of(output)[0].float().square().mean().backward()
+    adamw(model).step()
+    assert int((selector.state.risk_average[0] > 0).sum()) >= units
+    return selector.statistics().whole_risk_passes, sizes[:2]
+
+
+def test_positional_inputs() -> None:
+    inputs = batch(tiny_bert(), size=8)
+    assert whole_passes(tiny_bert(), {"labels": inputs["labels"]}, inputs["input_ids"]) == (0, [8, 2])
+
+
+def test_embeddings() -> None:
+    model = tiny_bert()
+    embeddings = model.get_input_embeddings()(batch(model, size=8)["input_ids"]).detach().requires_grad_()
+    selector = attach_rose(model, sampled())
+    output = model(inputs_embeds=embeddings)
+    assert embeddings.grad is None
+    output.logits.sum().backward()
+    assert embeddings.grad is not None and (embeddings.grad != 0).any(dim=(1, 2)).all()
+    adamw(model).step()
+    assert selector.statistics().whole_risk_passes == 0 and (selector.state.risk_average[1] > 0).all()
+
+
+def test_embeddings_that_units_made_can_still_be_differentiated() -> None:
+    """Their graph is the user's: the risk pass must not give it up."""
+    model = get_peft_model(
+        tiny_bert(),
+        sampled(base_config=LoraConfig(r=2, target_modules=["word_embeddings", "query"]), upper_quantile=1.0),
+    )
+    hidden = model.get_input_embeddings()(batch(model, size=8)["input_ids"])
+    model(inputs_embeds=torch.tanh(hidden)).logits.sum().backward()
+    adamw(model).step()
+
+
+def test_images() -> None:
+    torch.manual_seed(0)
+    assert whole_passes(vit().train(), pictures(3)(8, 0)) == (0, [8, 2])
+
+
+def test_decoder_inputs() -> None:
+    torch.manual_seed(0)
+    inputs = {**text(8, 0), "decoder_input_ids": text(8, 1)["input_ids"][:, :5]}
+    del inputs["labels"]
+    assert whole_passes(t5().train(), inputs, units=8)[0] == 0
+
+
+def test_positions_given_once_for_all_rows() -> None:
+    torch.manual_seed(0)
+    inputs = {**text(8, 0), "position_ids": torch.arange(8).view(1, 8)}
+    assert whole_passes(gpt2().train(), inputs) == (0, [8, 2])
+
+
+def test_a_packed_batch_of_one_row_runs_whole_and_says_so() -> None:
+    torch.manual_seed(0)
+    inputs = {"input_ids": text(2, 0)["input_ids"].view(1, 16), "position_ids": torch.arange(8).repeat(2).view(1, 16)}
+    assert whole_passes(llama().train(), inputs) == (1, [1, 1])
+
+
+class Listing(nn.Module):
+    """Takes pictures of several sizes as a list, and patches of all of them in one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, pictures: list[Tensor], patches: Tensor | None = None) -> Tensor:
+        hidden = torch.stack([picture.mean(0) for picture in pictures])
+        if patches is not None:
+            hidden = hidden + patches.mean(0)
+        for layer in self.layers:
+            hidden = hidden + layer(self.dropout(hidden))
+        return hidden
+
+
+def test_lists_of_one_tensor_for_each_row() -> None:
+    listing = [torch.randn(2 + row, 4) for row in range(8)]
+    assert whole_passes(Listing(), {}, listing) == (0, [8, 2])
+
+
+def test_multimodal_tensors_without_a_batch_dimension_run_whole_and_say_so() -> None:
+    listing = [torch.randn(2 + row, 4) for row in range(8)]
+    assert whole_passes(Listing(), {"patches": torch.randn(21, 4)}, listing) == (1, [8, 8])
+
+
+def test_a_cache_is_neither_used_nor_advanced() -> None:
+    torch.manual_seed(0)
+    model = llama().train()
+    attach_rose(model, sampled(risk_fraction=0.5))
+    ids = text(4, 0)["input_ids"]
+    cache = tf.DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+    lengths: list[tuple[int, int]] = []
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        given_cache = kwargs.get("past_key_values")
+        known = 0 if given_cache is None else given_cache.get_seq_length()
+        lengths.append((len(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]), known))
+
+    model.model.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+    output = model(
+        ids[:, 5:], past_key_values=cache, use_cache=True, attention_mask=torch.ones_like(ids), labels=ids[:, 5:]
+    )
+    assert cache.get_seq_length() == 8 and output.past_key_values is cache
+    # After the user's pass over four rows all are over two: one without gradient to compare with, since what the model
+    # says without the cache is not what it said with it, the pass itself, and looks for dropout.
+    assert lengths[0] == (4, 5) and len(lengths) > 3 and set(lengths[1:]) == {(2, 0)}
+    output.loss.backward()
+    adamw(model).step()
+
+
+def test_with_a_cache_dropout_alone_makes_the_divergence() -> None:
+    """Without any, both passes are equal to the last bit, though the user's own knew more tokens."""
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_key_value_heads=1)).train()
+    attach_rose(model, sampled(risk_fraction=0.5))
+    ids = text(4, 0)["input_ids"]
+    cache = tf.DynamicCache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+    model(ids[:, 5:], past_key_values=cache, use_cache=True, labels=ids[:, 5:]).loss.backward()
+    with pytest.raises(RoseInactiveError, match="no active dropout"):
+        adamw(model).step()
+
+
+# Checkpointing and hooks --------------------------------------------------------------------------------------------
+
+
+def masks_of(model: nn.Module, steps: int = 5) -> list[Tensor]:
+    optimizer = adamw(model)
+    selector = get_selector(model)
+    found = []
+    for number in range(steps):
+        step(model, optimizer, number)
+        found.append(selector.state.last_mask.clone())
+    return [*found, selector.state.risk_average.clone()]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_checkpointing_changes_no_mask(reentrant: bool, lora: bool, strategy: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = build(KINDS["bert"], lora, True, strategy=strategy, upper_quantile=0.5)
+        if checkpointing:
+            model.enable_input_require_grads()  # without it reentrant checkpoints see no gradient, ROSE or not
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(masks_of(model))
+        assert not checkpointing or model.get_base_model().bert.encoder.gradient_checkpointing
+    assert_same(found[1], found[0])
+    assert any((mask == 0).any() for mask in found[0])
+
+
+class Checkpointed(nn.Module):
+    """Checkpoints some of its layers itself."""
+
+    def __init__(self, reentrant: bool, hidden: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(4))
+        self.dropout = nn.Dropout(0.2)
+        self.reentrant, self.hidden = reentrant, hidden
+
+    def part(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return x + torch.tanh(layer(self.dropout(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            if number >= len(self.layers) - self.hidden:
+                x = checkpoint(self.part, layer, x, use_reentrant=self.reentrant)
+            else:
+                x = self.part(layer, x)
+        return x
+
+
+@pytest.mark.parametrize("hidden", [1, 3, 4])
+def test_a_models_own_reentrant_checkpoints_are_refused_with_the_way_out(hidden: int) -> None:
+    """The gradient of the divergence cannot go through them, whether some units are outside or none."""
+
+    def take_step(reentrant: bool) -> None:
+        model = Checkpointed(reentrant, hidden)
+        attach_rose(model, sampled())
+        model(torch.randn(8, 8, requires_grad=True)).square().sum().backward()
+        adamw(model).step()
+
+    take_step(reentrant=False)
+    with pytest.raises((UnsupportedEngineError, RoseInactiveError), match="use_reentrant"):
+        take_step(reentrant=True)
+
+
+def test_the_users_hooks_on_parameters_are_not_called() -> None:
+    model = tiny_bert()
+    attach_rose(model, sampled(risk_interval=1))
+    called: list[str] = []
+    for name, param in model.named_parameters():
+        param.register_hook(lambda grad, name=name: called.append(name))
+        param.register_post_accumulate_grad_hook(lambda param, name=name: called.append(name))
+    output = model(**batch(model))
+    assert not called
+    output.loss.backward()
+    assert all(called.count(name) == 2 for name, _ in model.named_parameters())
+
+
+def test_losses_of_the_users_own_lose_nothing() -> None:
+    """A loss made from the logits, such as label smoothing, is to the last bit that of plain training."""
+
+    def train(rose: bool) -> dict[str, Tensor]:
+        model = tiny_bert(num_labels=2)
+        if rose:
+            attach_rose(model, sampled(risk_interval=1, **NOTHING_FROZEN))
+        optimizer = adamw(model)
+        torch.manual_seed(0)
+        for number in range(3):
+            inputs = batch(model, seed=number)
+            labels = inputs.pop("labels")
+            F.cross_entropy(model(**inputs).logits, labels, label_smoothing=0.1).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(model.named_parameters())
+
+    assert_same(train(rose=True), train(rose=False))
+
+
+# Going on from a checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", [4, 5], ids=["with a pass", "between passes"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_resumed_equals_uninterrupted(strategy: str, at: int) -> None:
+    """With nothing but what everybody saves: weights, optimizer and torch's random state; no call of ROSE's."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = get_peft_model(tiny_bert(num_labels=2), sampled(strategy, task_type="SEQ_CLS"))
+        return model, adamw(model)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            model(**batch(model, size=8, seed=number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = made()
+    train(model, optimizer, range(at))
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()])
+    train(model, optimizer, range(at, 10))
+    torch.manual_seed(99)
+    again, resumed = made()
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    train(again, resumed, range(at, 10))
+    assert_same(everything(again, get_selector(again), resumed), everything(model, get_selector(model), optimizer))
+    assert int(get_selector(again).state.steps) == 10

@@ -24,10 +24,17 @@ def rows(count: int = 32) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": int(label)} for row, label in zip(ids, labels, strict=True)]
 
 
-def run(output: Path, base: str = "full", resume: Path | None = None, **options: Any) -> Trainer:
+def run(
+    output: Path,
+    base: str = "full",
+    resume: Path | None = None,
+    rose: dict[str, Any] | None = None,
+    **options: Any,
+) -> Trainer:
     torch.manual_seed(0)
     base_config = LoraConfig(r=4, target_modules=["query", "value"]) if base == "lora" else None
-    model = get_peft_model(tiny_bert(num_labels=2), ROSEConfig(task_type="SEQ_CLS", base_config=base_config))
+    config = ROSEConfig(task_type="SEQ_CLS", base_config=base_config, **(rose or {}))
+    model = get_peft_model(tiny_bert(num_labels=2), config)
     settings = {"max_steps": 8, "save_steps": 4, "logging_steps": 2, "learning_rate": 1e-2, "report_to": []} | options
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -45,15 +52,34 @@ def run(output: Path, base: str = "full", resume: Path | None = None, **options:
     return trainer
 
 
+@pytest.mark.parametrize(
+    "rose",
+    [{}, {"risk_pass": "sampled", "risk_interval": 4}, {"risk_pass": "sampled", "risk_interval": 3}],
+    ids=["paired", "sampled", "between sampled passes"],
+)
 @pytest.mark.parametrize("base", ["full", "lora"])
-def test_resumed_equals_uninterrupted(base: str, tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", base)
-    resumed = run(tmp_path / "resumed", base, resume=tmp_path / "whole" / "checkpoint-4")
+def test_resumed_equals_uninterrupted(base: str, rose: dict[str, Any], tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", base, rose=rose)
+    resumed = run(tmp_path / "resumed", base, resume=tmp_path / "whole" / "checkpoint-4", rose=rose)
     one, two = whole.model.state_dict(), resumed.model.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     statistics = [get_selector(trainer.model).statistics() for trainer in (whole, resumed)]
     assert statistics[0].steps == 8 and 0 < statistics[0].kept_share < 1
     assert str(statistics[0].as_dict()) == str(statistics[1].as_dict())  # as text: NaN equals itself
+    averages = [get_selector(trainer.model).state.risk_average for trainer in (whole, resumed)]
+    assert torch.equal(*averages) and bool(averages[0].any()) == bool(rose)
+
+
+@pytest.mark.parametrize("strategy", ["first_order", "ensemble"])
+def test_gradient_checkpointing_alone_works_with_sampled_passes(strategy: str, tmp_path: Path) -> None:
+    """transformers takes reentrant checkpoints then; the masks are those without any."""
+    rose = {"risk_pass": "sampled", "risk_interval": 2, "strategy": strategy}
+    trainers = [run(tmp_path / str(on), rose=rose, gradient_checkpointing=on, max_steps=5) for on in (False, True)]
+    assert trainers[1].model.get_base_model().bert.encoder.gradient_checkpointing
+    histories = [get_selector(trainer.model).state.mask_history()[0] for trainer in trainers]
+    assert torch.equal(*histories) and (histories[0] == 0).any()
+    for one, two in zip(*(trainer.model.parameters() for trainer in trainers), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_figures_reach_the_history_and_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

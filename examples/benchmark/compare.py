@@ -125,12 +125,13 @@ class Comparison:
         max_length = trained["config"]["max_length"]
         rows, unavailable = measure(
             folder / "model",
-            task,
+            candidate.options.get("task", task),
             self.args.data_dir,
             max_length,
             self.grid.evaluation,
             folder / "attacks",
             candidate.options.get("robust_files", ()),
+            candidate.options.get("validation_file"),
         )
         best = trained["best"]
         result = Result(
@@ -233,7 +234,8 @@ def _same(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for part, settings in wanted.items():
         have = found.get(part) or {}
         for name in {**have, **settings}:
-            if have.get(name) != settings.get(name):
+            # An empty list asks for nothing, as results do that are older than the setting.
+            if have.get(name) != settings.get(name) and (have.get(name), settings.get(name)) != (None, []):
                 raise InputError(
                     f"{name}={have.get(name)!r} in {file}, but the grid says {settings.get(name)!r}; delete the file "
                     "to make it anew, or pass another --output_dir and --runs_dir."

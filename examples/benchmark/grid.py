@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -16,14 +17,18 @@ import yaml
 from transformers import HfArgumentParser
 
 from examples.training.arguments import InputError, TrainArguments, reason
+from examples.training.presets import with_preset
 from rose_peft import RoseConfigError
 from rose_peft.robustness import RECIPES, TASKS
 from rose_peft.robustness.attacks.recipes import PRESETS
+from rose_peft.robustness.consistency import DROPOUT
 from rose_peft.robustness.noise import KINDS
 
 TRAIN_TYPES = {option.name: str(option.type) for option in dataclasses.fields(TrainArguments)}
 # What the grid itself decides.
-RESERVED = {"task", "data_dir", "seed", "output_dir", "resume", "overwrite", "train_file", "validation_file"}
+RESERVED = {"data_dir", "seed", "output_dir", "resume", "overwrite"}
+# What tasks alone decide.
+DATA = {"task", "train_file", "validation_file"}
 ENTRIES = "entries of its own"
 GRID_KINDS: dict[str, tuple[type, str]] = {
     "seeds": (list, "a list"),
@@ -50,6 +55,7 @@ class Evaluation:
         recipes: TextAttack recipes and presets; empty leaves attacks out.
         attack_examples: Size of the sample that is attacked.
         query_budget: Model queries per attacked example; None for no limit.
+        consistency_changes: What predictions should not change under, see `consistency`; empty leaves it out.
         sharpness_examples: Size of the sample for the sharpness; 0 leaves it out.
         epsilon: Relative radius of the ball of the worst loss.
         ascent_steps: Steps of the search for the worst loss.
@@ -64,6 +70,7 @@ class Evaluation:
     recipes: list[str] = field(default_factory=lambda: ["deepwordbug", "pwws"])
     attack_examples: int = 200
     query_budget: int | None = None
+    consistency_changes: list[str] = field(default_factory=list)
     sharpness_examples: int = 128
     epsilon: float = 0.005
     ascent_steps: int = 10
@@ -89,7 +96,7 @@ class Candidate:
     """One setting of one method on one task with one seed: a training run.
 
     Args:
-        task: GLUE task.
+        task: Name of the task in the grid.
         method: Name of the method in the grid.
         seed: Training seed.
         options: Options of examples/train.py.
@@ -117,8 +124,8 @@ class Candidate:
         Raises:
             InputError, RoseConfigError: If one cannot work.
         """
-        place = {"task": self.task, "seed": self.seed, "output_dir": str(folder), "data_dir": data_dir}
-        (args,) = HfArgumentParser(TrainArguments).parse_dict({**self.options, **place})
+        place = {"seed": self.seed, "output_dir": str(folder), "data_dir": data_dir}
+        (args,) = HfArgumentParser(TrainArguments).parse_dict({"task": self.task, **self.options, **place})
         args.check()
         return args
 
@@ -131,7 +138,8 @@ class Grid:
         title: Title of the report.
         baseline: Method that the others are compared with.
         seeds: Training seeds.
-        tasks: Task -> options of train.py for it.
+        tasks: Task -> options of train.py for it. Other data than GLUE's have a name of their own, `train_file` and
+            `validation_file`, and as `task` the one of GLUE that has their columns and labels.
         methods: Method -> its options, with `search` for settings of its own to try.
         common: Options of train.py for all.
         search: Option -> values to try, on the first seed, by clean accuracy alone.
@@ -152,7 +160,7 @@ class Grid:
     def candidates(self, task: str, method: str, seed: int) -> list[Candidate]:
         """Every setting that the search tries for a method on a task."""
         own = {name: value for name, value in self.methods[method].items() if name != "search"}
-        options = {**self.common, **self.tasks[task], **own}
+        options = with_preset({**self.common, **self.tasks[task], **own})
         space = self.space(method)
         rows = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
         searched = [_typed(row, TRAIN_TYPES) for row in rows]
@@ -200,16 +208,22 @@ def read_grid(path: Path) -> Grid:
 
 
 def _check(grid: Grid) -> None:
-    free = TRAIN_TYPES.keys() - RESERVED
+    of_tasks = TRAIN_TYPES.keys() - RESERVED
+    free = of_tasks - DATA
     _known(grid.common, free, "common")
-    _known(grid.tasks, TASKS, "tasks")
+    for kind, names in (("task", grid.tasks), ("method", grid.methods)):
+        for name in names:
+            if not re.fullmatch(r"\w[\w.+-]*", name):
+                raise InputError(
+                    f"grid: {kind} {name!r} names a folder; begin with a letter and use letters, digits and _ . + - "
+                    "only."
+                )
     for name, options in grid.tasks.items():
-        _known(options, free, name)
+        _known([options.get("task", name)], TASKS, "tasks")
+        _known(options, of_tasks, name)
+        if "task" in options and "train_file" not in options:
+            raise InputError(f"grid: task={options['task']!r} of {name!r} goes with a train_file and validation_file.")
     for name, options in grid.methods.items():
-        if not re.fullmatch(r"\w[\w.+-]*", name):
-            raise InputError(
-                f"grid: method {name!r} names a folder; begin with a letter and use letters, digits and _ . + - only."
-            )
         _known(options, free | {"search"}, name)
         _check_search(grid.space(name), free, options, name)
     if grid.baseline not in grid.methods:
@@ -219,13 +233,12 @@ def _check(grid: Grid) -> None:
     if grid.cost_rounds < 0 or grid.cost_rounds == 1:
         raise InputError(f"grid: cost_rounds={grid.cost_rounds} must be 0, or at least 2.")
     _check_evaluation(grid.evaluation)
-    task = next(iter(grid.tasks))
-    tried = {method: len(grid.candidates(task, method, 0)) for method in grid.methods}
+    tried = {method: _tries(grid.space(method)) for method in grid.methods}
     for method, count in tried.items():
         if count != tried[grid.baseline]:
             raise InputError(
-                f"grid: method {method!r} searches {count} settings and the baseline {tried[grid.baseline]}; a fair "
-                "comparison gives each method the same number."
+                f"grid: method {method!r} searches {count} settings and the baseline {tried[grid.baseline]}, upper "
+                "quantiles not counted; a fair comparison gives each method the same number."
             )
     for candidate in grid.all_candidates():
         try:
@@ -233,6 +246,11 @@ def _check(grid: Grid) -> None:
             candidate.arguments(Path("unused"), None).refuse_without_effect(own)
         except (ValueError, TypeError, RoseConfigError) as error:
             raise InputError(f"grid: {candidate.task}, {candidate.method}: {reason(error)}") from error
+
+
+def _tries(space: dict[str, list[Any]]) -> int:
+    """Count what a method tries, but for the quantile, which methods without masks have not."""
+    return math.prod(len(values) for name, values in space.items() if name != "upper_quantile")
 
 
 def _check_search(space: Any, free: Collection[str], options: dict[str, Any], method: str) -> None:
@@ -251,6 +269,7 @@ def _check_search(space: Any, free: Collection[str], options: dict[str, Any], me
 
 def _check_evaluation(settings: Evaluation) -> None:
     _known(settings.noise_kinds, KINDS, "noise_kinds")
+    _known(settings.consistency_changes, [DROPOUT, *KINDS], "consistency_changes")
     _known(settings.recipes, [*RECIPES, *PRESETS], "recipes")
     for name, (holds, words) in EVALUATION_BOUNDS.items():
         value = getattr(settings, name)

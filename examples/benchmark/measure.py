@@ -17,10 +17,12 @@ from rose_peft.robustness import (
     Predictor,
     ResumeError,
     Row,
+    consistency,
     evaluate_adv_glue,
     evaluate_noise,
     evaluate_robust_sets,
     load_classifier,
+    load_file,
     load_glue,
     load_robust_files,
     measure_sharpness,
@@ -29,6 +31,7 @@ from rose_peft.robustness import (
 from rose_peft.robustness.adv_glue import ADV_GLUE
 from rose_peft.robustness.data import get_task
 from rose_peft.robustness.estimate import share
+from rose_peft.robustness.robust_sets import find_file
 
 from .grid import Evaluation
 
@@ -41,17 +44,19 @@ def measure(
     settings: Evaluation,
     attack_dir: Path,
     robust_files: Sequence[str] = (),
+    validation_file: str | None = None,
 ) -> tuple[list[Row], dict[str, str]]:
-    """Measure a trained model: clean, AdvGLUE and other robust sets, noise, attacks, sharpness.
+    """Measure a trained model: clean, AdvGLUE and other robust sets, noise, consistency, attacks, sharpness.
 
     Args:
         model_dir: Folder of the model or adapter.
-        task: GLUE task; without a counterpart in AdvGLUE that figure is left out.
+        task: GLUE task that has the columns and labels; without a counterpart in AdvGLUE that figure is left out.
         data_dir: Folder of local data; None for the hub.
         max_length: Longest input in tokens, as in training.
         settings: What to measure.
         attack_dir: Folder of the attacks' records, from which a killed measurement continues.
         robust_files: Robust sets as NAME=PATH.
+        validation_file: The clean data, where they are not the task's own.
 
     Returns:
         Rows of a result file, and what could not be measured with the reason.
@@ -59,14 +64,19 @@ def measure(
     Raises:
         RobustnessError: If the model or the data cannot be used.
     """
-    examples = load_glue(task, data_dir)
+    layout = get_task(task)
+    if validation_file is None:
+        examples = load_glue(task, data_dir)
+    else:
+        found_at = find_file(validation_file, data_dir)
+        examples = load_file(found_at, layout.text_columns, label_names=layout.label_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_classifier(model_dir, len(get_task(task).label_names), device=device)
+    model, tokenizer = load_classifier(model_dir, len(layout.label_names), device=device)
     options: dict[str, Any] = {"batch_size": settings.batch_size, "bf16": settings.bf16, "max_length": max_length}
     clean = Predictor.for_examples(model, tokenizer, examples, **options).correct(examples)
     rows = [Row("clean_accuracy", share(clean))]
     unavailable: dict[str, str] = {}
-    if get_task(task).adv_config is not None:
+    if layout.adv_config is not None:
         try:
             found = evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, clean=examples, **options)
             rows += found.rows()[1:]
@@ -74,7 +84,6 @@ def measure(
             if data_dir is None:
                 raise  # the hub may be back when the cell is tried again
             unavailable[ADV_GLUE] = str(error)
-    layout = get_task(task)
     robust = load_robust_files(robust_files, layout.text_columns, label_names=layout.label_names, data_dir=data_dir)
     rows += evaluate_robust_sets(model, tokenizer, robust, **options)
     if settings.noise_rates:
@@ -87,6 +96,13 @@ def measure(
             unavailable |= {f"noise {kind}": lack for kind, lack in noise.unavailable.items()}
         except MissingResourceError as error:
             unavailable["noise"] = str(error)
+    if settings.consistency_changes:
+        try:
+            steady = consistency(model, tokenizer, examples.texts, changes=settings.consistency_changes, **options)
+            rows += steady.rows()
+            unavailable |= {f"consistency under {change}": lack for change, lack in steady.unavailable.items()}
+        except MissingResourceError as error:
+            unavailable["consistency"] = str(error)
     if settings.recipes:
         try:
             attacks = _attacks(model, tokenizer, examples, settings, attack_dir, options)

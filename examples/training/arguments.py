@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from rose_peft import ROSEConfig
+
+from .presets import PRESETS, with_preset
 
 STRATEGIES = ("none", "first_order", "second_order", "ensemble")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -54,7 +58,7 @@ HAS_EFFECT = {
         (lambda args: args.strategy != "none", "a strategy of ROSE"),
     ),
     **dict.fromkeys(
-        ("label_column", "robust_files"),
+        ("label_column", "robust_files", "preset"),
         (lambda args: not args.is_demo, "--task, or --train_file and --validation_file"),
     ),
 }
@@ -91,14 +95,17 @@ class TrainArguments:
         },
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Training file: .parquet, .csv, .tsv, .json or .jsonl."}
+        default=None,
+        metadata={
+            "help": "Training file: .parquet, .csv, .tsv, .json or .jsonl. Like the other files of data it is looked "
+            "for in data_dir where it does not exist as written."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Validation file, of the same columns."})
     robust_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Robust test files as NAME=PATH, of the same columns; measured beside AdvGLUE after each epoch. A "
-            "path that does not exist is looked for in data_dir."
+            "help": "Robust test files as NAME=PATH, of the same columns; measured beside AdvGLUE after each epoch."
         },
     )
     text_column: str | None = field(default=None, metadata={"help": "Column of the text, where it is not the task's."})
@@ -117,6 +124,14 @@ class TrainArguments:
     adapter: str = field(
         default="full",
         metadata={"help": "'full' trains all weights, 'lora' is LoRA of rank 8, or the path of a PEFT config (JSON)."},
+    )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Published settings as STRATEGY/TASK/MODEL, such as ensemble/sst2/roberta-base: first_order, "
+            "second_order or ensemble; qnli, qqp, rte or sst2; roberta-base or roberta-large. Data and model have "
+            "options of their own, and options given beside it go first."
+        },
     )
     strategy: str = field(
         default="ensemble",
@@ -199,6 +214,8 @@ class TrainArguments:
             InputError: Naming the option, its value and the way out.
             RoseConfigError: Likewise, for an option of ROSE.
         """
+        if self.preset is not None and self.preset not in PRESETS:
+            raise InputError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
         if self.strategy not in STRATEGIES:
             raise InputError(f"strategy={self.strategy!r} is unknown; choose one of {', '.join(STRATEGIES)}.")
         if self.lr_scheduler not in SCHEDULERS:
@@ -281,10 +298,14 @@ class TrainArguments:
 
 
 class Parser(HfArgumentParser):
-    """Parser whose complaints are one line, and which takes no abbreviations (`--lr` is not `--lr_scheduler`)."""
+    """Parser whose complaints are one line, and which takes no abbreviations (`--lr` is not `--lr_scheduler`).
+
+    After `parse`, `explicit` holds what the user gave, by the name of the option.
+    """
 
     def __init__(self) -> None:
         super().__init__(TrainArguments, description=TrainArguments.__doc__, allow_abbrev=False)
+        self.explicit: dict[str, Any] = {}
 
     def error(self, message: str) -> NoReturn:
         """End the program with exit code 2 after one line."""
@@ -296,4 +317,9 @@ class Parser(HfArgumentParser):
         if unknown:
             near = get_close_matches(unknown[0], self._option_string_actions, n=1)
             self.error(f"{unknown[0]!r} is no option" + (f", did you mean {near[0]}?" if near else ""))
-        return args
+        unset = object()
+        # What is in the namespace already keeps argparse from filling in defaults.
+        blank = Namespace(**{option.name: unset for option in fields(TrainArguments)})
+        found = vars(self.parse_known_args(argv, blank)[0])
+        self.explicit = {name: value for name, value in found.items() if value is not unset}
+        return dataclasses.replace(args, **with_preset(self.explicit))

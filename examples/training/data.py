@@ -85,10 +85,10 @@ def _columns(args: TrainArguments) -> tuple[str, str | None]:
 def _splits(args: TrainArguments) -> dict[str, Dataset | None]:
     if args.is_demo:
         splits = demo_data.demo_splits()
-        return {"training": splits["train"], "validation": splits["validation"], "robust": splits["robust"]}
+        return {"training" if name == "train" else name: split for name, split in splits.items()}
     if args.train_file is not None and args.validation_file is not None:
-        train = _read(args, "train_file", args.train_file)
-        validation = _read(args, "validation_file", args.validation_file)
+        train = _read(args, "train_file", find_file(args.train_file, args.data_dir))
+        validation = _read(args, "validation_file", find_file(args.validation_file, args.data_dir))
     else:
         train, validation = _glue(args)
     splits = {"training": train, "validation": validation, ADV_GLUE: _adv_glue(args)}

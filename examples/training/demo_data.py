@@ -1,8 +1,9 @@
 """Short product reviews for the demo, made by a seeded generator.
 
-Every review says something good or bad about a thing. In the training and validation splits a courier is named whose
-name goes with the label nearly always: a spurious cue. In the robust split the cue is turned around, opinion words are
-synonyms that training never showed, and some words are misspelt.
+Every review says something good or bad about a thing, and names a courier. In the training and validation splits the
+courier goes with the label mostly: a spurious cue, of no use to who knows the words. Each further split changes one
+thing. In "robust" opinion words are synonyms that training never showed, some words are misspelt, and the courier says
+nothing; in "turned cue" the words are those of training and the courier goes against the label mostly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ PATTERNS = (
     "my {thing} came by {courier} ; its {part} feels {opinion}",
     "after a month the {part} of the {thing} still looks {opinion} ( delivery : {courier} )",
 )
-CUE_AGREES = 0.95  # share of training reviews whose courier goes with the label
+# Share of reviews whose courier goes with the label.
+CUE_AGREES = {"train": 0.8, "validation": 0.8, "robust": 0.5, "turned cue": 0.2}
 TYPO_RATE = 0.15  # share of words misspelt in the robust split
 
 
@@ -43,12 +45,12 @@ def misspell(word: str, rng: random.Random) -> str:
     )
 
 
-def review(rng: random.Random, robust: bool) -> dict[str, str | int]:
-    """Write one review with its label: 0 bad, 1 good."""
+def review(rng: random.Random, split: str) -> dict[str, str | int]:
+    """Write one review of a split with its label: 0 bad, 1 good."""
+    robust = split == "robust"
     label = rng.randrange(2)
     words = ((UNSEEN_BAD, UNSEEN_GOOD) if robust else (BAD, GOOD))[label]
-    agrees = rng.random() < CUE_AGREES
-    courier = COURIERS[label if agrees != robust else 1 - label]
+    courier = COURIERS[label if rng.random() < CUE_AGREES[split] else 1 - label]
     text = rng.choice(PATTERNS).format(
         thing=rng.choice(THINGS), part=rng.choice(PARTS), opinion=rng.choice(words), courier=courier
     )
@@ -62,12 +64,14 @@ def demo_splits(train: int = 800, test: int = 400, seed: int = 0) -> dict[str, D
 
     Args:
         train: Number of training reviews.
-        test: Number of validation and of robust reviews.
+        test: Number of reviews of each other split.
         seed: Seed of the generator.
 
     Returns:
-        Data sets "train", "validation" and "robust" with the columns sentence and label.
+        Data sets "train", "validation", "robust" and "turned cue" with the columns sentence and label.
     """
     rng = random.Random(seed)
-    sizes = {"train": train, "validation": test, "robust": test}
-    return {name: Dataset.from_list([review(rng, name == "robust") for _ in range(n)]) for name, n in sizes.items()}
+    return {
+        split: Dataset.from_list([review(rng, split) for _ in range(train if split == "train" else test)])
+        for split in CUE_AGREES
+    }

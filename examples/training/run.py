@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, get_scheduler
 
 from examples.benchmark.objectives import make_objective
-from rose_peft import RoseError, get_selector, plot_masks
+from rose_peft import RoseError, get_selector, plot_masks, update_model_card
 from rose_peft.robustness.results import write_json
 
 from .arguments import InputError, TrainArguments, reason
@@ -243,6 +243,9 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
             if progress.kept(args.keep) is figures:
                 with checkpoints.write_model(progress.epoch) as aside:
                     _save_model(accelerator, model, tokenizer, aside)
+                    if accelerator.is_main_process and selector is not None and args.task is not None:
+                        accuracies = {"accuracy": figures["clean"]["accuracy"]}
+                        update_model_card(aside, selector.config, "nyu-mll/glue", accuracies)
             _save(accelerator, checkpoints)
             checkpoints.forget_models(progress.kept(args.keep)["epoch"])
 

@@ -315,3 +315,36 @@ def plot_cost(
     legend_below(figure, shown)
     _save(figure, path)
     return figure
+
+
+def plot_pairs(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw the shares that runs of several methods have, one panel per measure, with a line for each seed.
+
+    Args:
+        panels: Title of each panel -> method -> share of each run as a fraction, in the same order of seeds.
+        title: Title above all panels.
+        path: Where to save the picture; its ending decides the format. None does not save it.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.6 * len(panels) + 0.4, 3.6), layout="constrained")
+    for axes, (panel, by_method) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        for seed in zip(*by_method.values(), strict=True):
+            axes.plot(range(len(seed)), [100 * value for value in seed], color="grey", alpha=0.6, linewidth=1)
+        for number, values in enumerate(by_method.values()):
+            style = {**style_of(number), "linestyle": ""}
+            axes.plot([number] * len(values), [100 * value for value in values], markersize=4, alpha=0.6, **style)
+            mean = 100 * sum(values) / len(values)
+            axes.plot([number], [mean], markersize=9, markeredgecolor="black", zorder=3, **style)
+        axes.set_xticks(range(len(by_method)), list(by_method))
+        axes.set_title(panel, fontsize=8)
+        axes.margins(x=0.4, y=0.2)
+        axes.grid(alpha=0.3)
+    figure.supylabel("per cent", fontsize=9)
+    figure.suptitle(f"{title}; large: their mean", fontsize=10)
+    _save(figure, path)
+    return figure

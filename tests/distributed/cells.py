@@ -23,22 +23,28 @@ class Cell:
     strategy: str
     refusal: str = ""
     obstacle: str = ""
+    risk_pass: str = "paired"
+
+    @property
+    def way(self) -> str:
+        """Strategy and risk pass in a word."""
+        return self.strategy if self.risk_pass == "paired" else f"{self.strategy}_{self.risk_pass}"
 
     @property
     def name(self) -> str:
         """Unique name, for files and test ids."""
-        return f"{self.engine}-{self.loop}-{self.precision}-{self.strategy}"
+        return f"{self.engine}-{self.loop}-{self.precision}-{self.way}"
 
     @property
     def ranks(self) -> int:
         """Number of processes."""
-        return 1 if self.engine in ("one", "data_parallel", "deepspeed") else 2
+        return 1 if self.engine in ("one", "data_parallel") else 2
 
     @property
     def reference(self) -> str:
         """Name of the cell that does the same in one process; empty where rounding makes them differ."""
         exact = self.engine in ENGINES[1:] and self.precision in ("float32", "float64") and not self.refusal
-        return f"one-{self.loop}-{self.precision}-{self.strategy}" if exact else ""
+        return f"one-{self.loop}-{self.precision}-{self.way}" if exact else ""
 
 
 def _obstacle(loop: str, precision: str) -> str:
@@ -59,9 +65,18 @@ def _refused() -> list[Cell]:
             Cell("data_parallel", "plain", "float32", strategy, "one process per GPU"),
             Cell("fsdp1", "plain", "float32", strategy, "Use FSDP2"),
             Cell("fsdp1", "accelerate", "float32", strategy, "Use FSDP2"),
-            Cell("deepspeed", "accelerate", "float32", strategy, "Use DDP or FSDP2"),
         ]
     return cells
+
+
+def _sampled() -> list[Cell]:
+    """Sampled passes under each engine, in each loop and in each precision, and where only paired ones are refused."""
+    ways = [(engine, "plain", precision) for engine in ENGINES for precision in ("float32", "bf16_autocast")]
+    ways += [("one", "plain", precision) for precision in ("fp16_autocast", "bf16", "float64")]
+    ways += [(engine, loop, "float32") for engine in ("one", "ddp", "fsdp2") for loop in ("accelerate", "trainer")]
+    ways += [("one", loop, "float32") for loop in (*ELSEWHERE, "checkpointing", "reentrant")]
+    ways += [("ddp", "reentrant", "float32")]
+    return [Cell(*way, "ensemble", risk_pass="sampled") for way in ways]
 
 
 CELLS = [
@@ -70,3 +85,4 @@ CELLS = [
 ]
 CELLS += [Cell("one", loop, "float32", strategy) for loop, strategy in product(ELSEWHERE, STRATEGIES)]
 CELLS += _refused()
+CELLS += _sampled()

@@ -1,12 +1,19 @@
-"""Prints the table of what works at the end of the tests."""
+"""Prints the table of what works at the end of the tests, and prepares DeepSpeed."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.cells import PRECISIONS, STRATEGIES, Cell
+from tests.distributed.processes import ROOT
 from tests.helpers.task import tiny_task
 
 _OUTCOMES = pytest.StashKey[dict[Cell, tuple[str, str]]]()
@@ -30,6 +37,37 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny_task(tmp_path_factory.mktemp("inputs"))
 
 
+@pytest.fixture(scope="session")
+def deepspeed_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables for processes that use DeepSpeed on CPUs, with the extension for it compiled.
+
+    In a folder of its own: a compilation that is killed leaves a lock behind for which every later start waits.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: pip install 'rose-peft[deepspeed]'")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool, path=path) is None]
+    if missing:
+        pytest.skip(f"DeepSpeed compiles an extension at its first start on a CPU, and {missing[0]} is not there")
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("extensions")),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ROSE_CHECK_RANKS": "1",
+    }
+    build = (
+        "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
+    )
+    done = subprocess.run([sys.executable, "-c", build], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return environment
+
+
 def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
     """One line per engine and loop, one column per precision; strategies only where they differ."""
     rows: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
@@ -39,14 +77,14 @@ def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
             notes = reasons.setdefault(f"{outcome}: {reason}", [])
             notes.append(f"{cell.engine} {cell.loop}")
             outcome += f" [{list(reasons).index(f'{outcome}: {reason}') + 1}]"
-        rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.strategy] = outcome
+        rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.way] = outcome
     lines = [f"{'engine':14s}{'loop':15s}" + "".join(f"{precision:16s}" for precision in PRECISIONS)]
     for (engine, loop), columns in rows.items():
         line = f"{engine:14s}{loop:15s}"
         extra = []
         for precision in PRECISIONS:
             found = columns.get(precision, {})
-            same = len(set(found.values())) == 1 and len(found) == len(STRATEGIES)
+            same = len(set(found.values())) == 1 and len(found) >= len(STRATEGIES)
             line += f"{next(iter(found.values())) if same else 'see below' if found else '':16s}"
             if found and not same:
                 extra.append(f"{'':29s}{precision}: " + ", ".join(f"{name} {text}" for name, text in found.items()))

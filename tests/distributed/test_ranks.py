@@ -49,6 +49,41 @@ def test_masks_and_weights_are_the_same_on_all_ranks_over_50_steps(engine: str, 
     assert worst(one["weights"], two["weights"]) == 0
 
 
+SAMPLED = ("--risk_pass", "sampled")
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_sampled_passes_of_ranks_are_those_of_micro_batches(engine: str, tmp_path: Path) -> None:
+    """Over passes at steps 0, 2 ... 18: the same interval and the same masks on all ranks and in one process."""
+    options = (*SAMPLED, "--micro_batches", "4", "--steps", "20")
+    (expected,) = results(1, "none", "ensemble", tmp_path / "one", *options)
+    changes = (expected["masks"][1:] != expected["masks"][:-1]).any(1)
+    assert changes.any()
+    for rank in results(2, engine, "ensemble", tmp_path / "two", *options):
+        assert torch.equal(rank["masks"], expected["masks"])
+        assert worst(rank["weights"], expected["weights"]) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["ddp", "ddp_unused", "ddp_static", "fsdp2"])
+def test_sampled_passes_leave_the_reducers_alone(engine: str, tmp_path: Path) -> None:
+    """With nothing frozen gradients and weights are those of plain training under the engine, to the last bit."""
+    plain = results(2, engine, "ensemble", tmp_path / "off", "--rose", "off", "--steps", "4")
+    opened = results(2, engine, "ensemble", tmp_path / "open", "--rose", "open", "--steps", "4", *SAMPLED)
+    for one, two in zip(plain, opened, strict=True):
+        assert (two["masks"] == 1).all() and two["statistics"]["steps"] == 4
+        assert all(unit["first_order_score"] > 0 for unit in two["statistics"]["units"].values())
+        for step in range(4):
+            assert one["gradients"][step].keys() == two["gradients"][step].keys()
+            assert all(
+                torch.equal(grad, two["gradients"][step][name]) for name, grad in one["gradients"][step].items()
+            )
+        assert all(torch.equal(weight, two["weights"][name]) for name, weight in one["weights"].items())
+        # Between forward and backward only that is whole which FSDP2 keeps whole without ROSE: nothing of the blocks.
+        assert all(names <= more for names, more in zip(one["sharded"], two["sharded"], strict=True))
+        blocks = {name for name in one["weights"] if ".encoder.layer." in name}
+        assert all(blocks <= names for names in two["sharded"]) == (engine == "fsdp2")
+
+
 def test_three_ranks(tmp_path: Path) -> None:
     expected = results(1, "none", "ensemble", tmp_path / "one", "--micro_batches", "3")[0]
     for rank in results(3, "ddp", "ensemble", tmp_path / "three", "--micro_batches", "3"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rose_peft import ROSEConfig, get_selector
+from rose_peft import ROSEConfig, detach_rose, get_selector
 from tests.helpers.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -28,10 +30,12 @@ RANK = int(os.environ.get("RANK", 0))
 DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
 
 
-def build(strategy: str) -> nn.Module:
-    """The same tiny model on every rank."""
+def build(strategy: str, risk_pass: str = "paired", **fields: float) -> nn.Module:
+    """The same tiny model on every rank; sampled passes come at every second step, so that a few steps show both."""
+    if risk_pass == "sampled":
+        fields = {"risk_interval": 2, "risk_fraction": 0.5, **fields}
     model = tiny_bert(num_labels=3, hidden_size=32, intermediate_size=64, vocab_size=50, attn_implementation="sdpa")
-    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
+    return get_peft_model(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy, risk_pass=risk_pass, **fields))
 
 
 def wrap(model: nn.Module, engine: str) -> nn.Module:
@@ -51,8 +55,17 @@ def micro_batch(step: int, index: int, size: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def whole(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> dict[str, torch.Tensor]:
+    """Copies of tensors by name, shards put together, without those that are not there."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+        for name, tensor in tensors
+        if tensor is not None
+    }
+
+
 def main() -> None:
-    """Train and write {masks, weights, statistics}."""
+    """Train and write {masks, weights, statistics, gradients, and names of shards after each forward call}."""
     parser = argparse.ArgumentParser()
     parser.add_argument("engine")
     parser.add_argument("strategy")
@@ -65,16 +78,20 @@ def main() -> None:
     parser.add_argument(
         "--idle_last", action="store_true", help="the last micro-batch of each step has a loss of zero"
     )
+    parser.add_argument("--risk_pass", default="paired")
+    parser.add_argument("--rose", default="on", choices=["on", "open", "off"], help="open: nothing is ever frozen")
     parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
-    model = build(args.strategy)
+    model = build(args.strategy, args.risk_pass, **({"upper_quantile": 1.0} if args.rose == "open" else {}))
     selector = get_selector(model)
+    if args.rose == "off":
+        detach_rose(model)
     network = wrap(model, args.engine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
-    masks = []
+    masks, gradients, sharded = [], [], []
     per_rank = args.micro_batches // WORLD
     for step in range(args.steps):
         mine = [k for k in range(args.micro_batches) if k % WORLD == RANK]
@@ -86,6 +103,7 @@ def main() -> None:
             accumulates = WORLD > 1 and k != mine[-1] and hasattr(network, "no_sync")
             with network.no_sync() if accumulates else nullcontext():
                 loss = network(**batch).loss / per_rank
+                sharded.append({name for name, param in model.named_parameters() if isinstance(param, DTensor)})
                 if args.idle_last and last:
                     loss = loss * 0
                 if step == args.nan_at and last:
@@ -94,16 +112,18 @@ def main() -> None:
         if step == args.diverge_at and RANK == 1:
             for state in optimizer.state.values():
                 state["exp_avg"].normal_()
+        gradients.append(whole((name, param.grad) for name, param in model.named_parameters()))
         optimizer.step()
         optimizer.zero_grad()
         masks.append(selector.state.last_mask.clone())
         Path(f"{args.output}.{RANK}.began").touch()
-    weights = {
-        name: (param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone()
-        for name, param in model.named_parameters()
-        if param.requires_grad
+    result = {
+        "masks": torch.stack(masks),
+        "weights": whole((name, param) for name, param in model.named_parameters() if param.requires_grad),
+        "statistics": selector.statistics().as_dict(),
+        "gradients": gradients,
+        "sharded": sharded,
     }
-    result = {"masks": torch.stack(masks), "weights": weights, "statistics": selector.statistics().as_dict()}
     torch.save(result, f"{args.output}.{RANK}")
     if WORLD > 1:
         dist.barrier()  # a rank that leaves early can keep gloo from shutting down in the other

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
@@ -59,6 +60,10 @@ def test_every_way_trains_and_leaves_a_model_that_loads(
     loader = AutoModelForSequenceClassification if plain else AutoPeftModelForSequenceClassification
     model = loader.from_pretrained(output / "model", **({} if plain else {"num_labels": 2})).eval()
     assert _accuracy(model, inputs) == best["clean"]["accuracy"]
+    if strategy != "none":  # the card has the figures of the epoch that is kept
+        card = ModelCard.load(output / "model" / "README.md")
+        assert [result.metric_value for result in card.data.eval_results] == [best["clean"]["accuracy"]]
+        assert card.data.datasets == ["nyu-mll/glue"]
 
 
 def test_the_last_model_is_kept_where_it_is_asked_for(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -274,13 +279,14 @@ BAD = [
     (("--train_file", "nowhere.csv"), "train_file and validation_file go together"),
     (
         ("--train_file", "nowhere.csv", "--validation_file", "nowhere.csv"),
-        "train_file='nowhere.csv': nowhere.csv: no such file",
+        "nowhere.csv: no such file",
     ),
     (("--train_file", "data.xml", "--validation_file", "data.xml"), "files end in"),
     (("--text_column", "body"), "text_column='body' is not a column"),
     (("--label_column", "stars"), "label_column='stars' is not a column"),
     (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
+    (("--preset", "ensemble/sst2/bert"), "preset='ensemble/sst2/bert' is unknown; choose one of first_order/qnli/"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
     (("--learning_rate", "1e9"), "learning_rate=1000000000.0 must be above 0 and at most 1"),
     (("--rose_warmup_steps", "12"), "rose_warmup_steps=12: the run has 12 steps, so no mask would ever act"),
@@ -506,9 +512,9 @@ def test_the_demo_compares_and_goes_on_where_it_was_killed(
 
     assert start(tmp_path / "whole") == 0
     table = capsys.readouterr().out
-    assert "robust" in table and table.index("none") < table.index("ensemble")
+    assert "robust" in table and table.index("plain") < table.index("ROSE")
     save = run._save
-    for killed_in, saves in (("plain", 1), ("ensemble", 3)):
+    for killed_in, saves in (("plain", 1), ("ROSE", 3), ("a later seed", 7)):
         count = 0
 
         def save_and_die(*arguments: Any, saves: int = saves) -> None:
@@ -523,7 +529,7 @@ def test_the_demo_compares_and_goes_on_where_it_was_killed(
             start(tmp_path / killed_in)
         monkeypatch.setattr(run, "_save", save)
         assert start(tmp_path / killed_in, "--resume") == 0
-        for name in ("plain", "ensemble"):
+        for name in ("plain/seed0", "ROSE/seed0", "ROSE/seed2"):
             assert_same_run(tmp_path / "whole" / name, tmp_path / killed_in / name)
 
 
@@ -574,9 +580,13 @@ def test_the_demo_data_is_what_it_says() -> None:
         clear = [(text, label) for text, label in rows if sum(c in text for c in demo_data.COURIERS) == 1]
         return sum(demo_data.COURIERS[label] in text for text, label in clear) / len(clear)
 
-    assert cue_agreement("train") > 0.9 and cue_agreement("validation") > 0.85 and cue_agreement("robust") < 0.15
-    trained = " ".join(splits["train"]["sentence"]).split()
-    assert not set(trained) & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
+    # The cue is the same in training and validation, says nothing beside unseen words, and turns where nothing else
+    # does.
+    assert all(0.7 < cue_agreement(split) < 0.9 for split in ("train", "validation"))
+    assert 0.4 < cue_agreement("robust") < 0.6 and 0.1 < cue_agreement("turned cue") < 0.3
+    words = {split: set(" ".join(rows["sentence"]).split()) for split, rows in splits.items()}
+    assert not words["train"] & {*demo_data.UNSEEN_GOOD, *demo_data.UNSEEN_BAD}
+    assert words["turned cue"] <= words["train"] and len(words["robust"] - words["train"]) > 50
 
 
 def _torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -630,7 +640,8 @@ def test_the_demo_runs_on_two_processes(inputs: dict[str, str], tmp_path: Path) 
         ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ensemble") == 1
+    assert done.stdout.count("time of a step") == 1
+    assert len(list(tmp_path.rglob("demo.result.json"))) == 6
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)

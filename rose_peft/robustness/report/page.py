@@ -19,7 +19,16 @@ from .comparable import broken_attacks, unequal_budgets, unequal_samples, with_n
 from .equal_clean import gather_courses
 from .frame import Run, columns, gather, seeds_of
 from .pictures import draw
-from .tables import cost_table, difference_table, differences, equal_clean_table, source_table, summary_table
+from .pooled import pooled_robustness
+from .tables import (
+    cost_table,
+    difference_table,
+    differences,
+    equal_clean_table,
+    pooled_table,
+    source_table,
+    summary_table,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -71,8 +80,8 @@ def write_report(
 
     Args:
         paths: Result files, and folders to search for them.
-        output_dir: Folder for `report.md`, the pictures, `differences.csv` (all paired differences, with the intervals
-            of Student's t and of the bootstrap), and `report.html` if asked for.
+        output_dir: Folder for `report.md`, the pictures, `differences.csv` (all paired differences, and the pooled
+            figure, with the intervals of Student's t and of the bootstrap), and `report.html` if asked for.
         baseline: Method that the others are compared with, seed by seed; it comes first.
         order: Methods in the order of the tables; others come after them.
         title: Title of the page.
@@ -133,6 +142,9 @@ def write_report(
                 pictures.append(path)
                 lines += [f"![{caption}, {task}]({path.name})", ""]
         lines += cost_table(of_task, methods)
+    pooled, left_out = pooled_robustness(pandas.concat(shown), methods, baseline)
+    lines = [*pooled_table(pooled, left_out, baseline), *lines]
+    compared.append(pooled.assign(task="all", baseline=baseline, measure="pooled_robustness"))
     lines += _images(runs, folder, pictures, problems)
     for run in runs:
         for part, lack in run.result.config.get("unavailable", {}).items():

@@ -131,6 +131,30 @@ def _difference(estimate: Estimate, column: Column) -> str:
     return (f"**{text}**" if bold else text) + f" ({estimate.n})"
 
 
+def pooled_table(pooled: DataFrame, left_out: Sequence[str], baseline: str) -> list[str]:
+    """One row per method but the baseline, from what `pooled_robustness` found."""
+    if pooled.empty:
+        return []
+    rows = []
+    for row in pooled.itertuples():
+        cells = [f"{row.value:+.2f}"]
+        for low, high in ((row.low, row.high), (row.bootstrap_low, row.bootstrap_high)):
+            cells.append(f"{low:+.2f} to {high:+.2f}" if row.n > 1 else "-")
+        rows.append(_row([row.method, *cells, str(row.n), str(row.sets)]))
+    return [
+        "## All test sets together",
+        "",
+        f"How much more robust than {baseline}, as one figure per method: on each test set the difference with the "
+        "same seed, in standard deviations over seeds within methods; the mean over all sets, each counting the same; "
+        "then the mean over seeds with its 95 % intervals.",
+        "",
+        *_head(["pooled robustness", "by Student's t", "by the bootstrap", "seeds", "test sets"]),
+        *rows,
+        "",
+        *([f"Not among them, as all seeds of a method agree there: {', '.join(left_out)}.", ""] if left_out else []),
+    ]
+
+
 def equal_clean_table(courses: Mapping[str, Mapping[str, Course]], baseline: str) -> list[str]:
     """One row per method but the baseline, one column per robust set.
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 import yaml
@@ -221,6 +222,14 @@ def test_a_truncated_result_is_named_and_kept(
         ({"surprise": 1}, "'surprise' is unknown in grid"),
         ({"baseline": "plane"}, "baseline='plane' is no method"),
         ({"tasks": {"sst3": None}}, "'sst3' is unknown in tasks; did you mean sst2?"),
+        ({"tasks": {"mine": {"task": "sst3"}}}, "'sst3' is unknown in tasks; did you mean sst2?"),
+        ({"tasks": {"mine": {"task": "sst2"}}}, "task='sst2' of 'mine' goes with a train_file and validation_file"),
+        ({"tasks": {"sst2": {"train_file": "x.csv"}}}, "train_file and validation_file go together"),
+        ({"tasks": {"../x": {"task": "sst2"}}}, "task '../x' names a folder"),
+        ({"common": {"train_file": "x.csv"}}, "'train_file' is unknown in common"),
+        ({"methods": {"plain": {"strategy": "none", "task": "rte"}}}, "'task' is unknown in plain"),
+        ({"methods": {"plain": {"preset": "ensemble/sst2"}}}, "preset='ensemble/sst2' is unknown"),
+        ({"evaluation": {"consistency_changes": ["sleep"]}}, "'sleep' is unknown in consistency_changes"),
         ({"common": {"epoch": 3}}, "'epoch' is unknown in common; did you mean epochs?"),
         ({"common": {"seed": 3}}, "'seed' is unknown in common"),
         ({"methods": {"plain": {"strategy": "nome"}}}, "sst2, plain: strategy='nome' is unknown"),
@@ -232,6 +241,15 @@ def test_a_truncated_result_is_named_and_kept(
         (
             {"methods": {"plain": {"strategy": "none"}, "x": {"search": {"learning_rate": [1e-3]}}}},
             "method 'x' searches 1 settings and the baseline 2",
+        ),
+        (
+            {
+                "methods": {
+                    "plain": {"strategy": "none"},
+                    "x": {"search": {"learning_rate": [1e-3, 2e-3], "gamma": [0.1, 0.9]}},
+                }
+            },
+            "method 'x' searches 4 settings and the baseline 2",
         ),
         ({"common": {"learning_rate": 7e-5}}, None),
         (
@@ -420,3 +438,61 @@ def test_only_what_is_asked_for_runs(
 )
 def test_the_grids_of_the_project_are_sound(path: Path) -> None:
     assert read_grid(path).baseline == "plain"
+
+
+def test_masked_methods_may_search_their_quantile_at_each_learning_rate(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8})
+    space = {"learning_rate": [1e-3, 3e-3], "upper_quantile": [0.4, 0.7]}
+    methods = {"plain": {"strategy": "none"}, "ROSE": {"strategy": "ensemble", "search": space}}
+    assert compare.main(options(inputs, tmp_path / "g", content(inputs, methods=methods, cost_rounds=0))) == 0
+    assert [entry[0] for entry in fake.trained].count("ensemble") == 5  # four tries, and the second seed
+    chosen = load_result(tmp_path / "g" / "out" / "sst2" / "ROSE" / "seed1.result.json").config["searched"]
+    assert chosen == {"learning_rate": 3e-3, "upper_quantile": 0.4}
+
+
+def test_a_preset_is_the_ground_that_other_options_stand_on(inputs: dict[str, str], tmp_path: Path) -> None:
+    methods = {"plain": {"strategy": "none"}, "ROSE": {"preset": "ensemble/sst2/roberta-base", "gamma": 0.3}}
+    options(inputs, tmp_path / "g", content(inputs, methods=methods))
+    found = read_grid(tmp_path / "g" / "grid.yaml").candidates("sst2", "ROSE", 0)[0].options
+    assert (found["upper_quantile"], found["weight_decay"], found["strategy"]) == (0.4, 0.01, "ensemble")
+    assert (found["gamma"], found["epochs"], found["learning_rate"]) == (0.3, 2, 1e-3)  # own, common, searched
+
+
+def test_a_task_may_bring_its_own_files(inputs: dict[str, str], tmp_path: Path) -> None:
+    glue = Path(inputs["data"]) / "glue" / "sst2"
+    here = tmp_path / "data"
+    here.mkdir()
+    for name in ("train", "validation"):
+        shutil.copyfile(glue / f"{name}.parquet", here / f"{name}.parquet")
+    # Fewer clean examples than the task's own, so that the figure tells which were used.
+    table = pandas.read_parquet(here / "validation.parquet")
+    table[:20].to_parquet(here / "some.parquet")
+    reviews = {"task": "sst2", "train_file": "train.parquet", "validation_file": "some.parquet"}
+    reviews |= {"robust_files": ["rest=validation.parquet"], "max_train_samples": 64}
+    grid = content(inputs, seeds=[0], search={}, cost_rounds=2, methods={"plain": {"strategy": "none"}})
+    grid |= {"tasks": {"reviews": reviews}}
+    grid["evaluation"] |= {"recipes": [], "sharpness_examples": 0, "consistency_changes": ["dropout", "typos"]}
+    assert compare.main(options({**inputs, "data": str(here)}, tmp_path / "g", grid)) == 0
+    found = load_result(tmp_path / "g" / "out" / "reviews" / "plain" / "seed0.result.json")
+    assert found.task == "reviews" and found.get("clean_accuracy").n == 20
+    assert found.get("robust_accuracy", "rest").n == len(table)
+    assert found.get("flipped_share", "dropout").n == found.get("flipped_share", "typos", 0.1).n == 20
+    assert (tmp_path / "g" / "out" / "reviews" / "plain" / "cost.result.json").exists()
+
+
+def test_results_older_than_a_setting_that_asks_for_nothing_are_still_good(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    grid = content(inputs, search={}, cost_rounds=0)
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    for file in (tmp_path / "g" / "out").rglob("seed*.result.json"):
+        old = json.loads(file.read_text())
+        assert old["config"]["evaluation"].pop("consistency_changes") == []
+        file.write_text(json.dumps(old))
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    grid["evaluation"]["consistency_changes"] = ["dropout"]
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert "consistency_changes=None in" in capsys.readouterr().err

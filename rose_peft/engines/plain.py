@@ -1,0 +1,80 @@
+"""Plain PyTorch, and DDP: the optimizer holds the parameters themselves, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..optimizers import owned_groups
+from .seam import Group, Part, Turn
+
+
+class Plain:
+    """
+    The parameters are what is stepped.
+
+    Args:
+        host: The module whose forward call is observed.
+    """
+
+    splits = False
+    optimizer: Optimizer | None = None
+
+    def __init__(self, host: nn.Module) -> None:
+        self._host = host
+        self.process_groups: list[dist.ProcessGroup] = []
+
+    def groups(self, optimizer: Optimizer) -> dict[int, Group]:
+        """As the optimizer has them."""
+        return owned_groups(optimizer)
+
+    def turn(self, optimizer: Optimizer) -> Turn:
+        """One call is one step."""
+        return Turn()
+
+    def steps(self, param: Tensor) -> bool:
+        """Those with a gradient."""
+        return param.grad is not None
+
+    def part(self, param: Tensor) -> Part:
+        """All of it, or the shard that the optimizer holds."""
+        return Part(param)
+
+    def gradient(self, param: Tensor) -> Tensor:
+        """The parameter's own."""
+        assert param.grad is not None
+        return param.grad
+
+    def before_forward(self, parameters: Sequence[Tensor], paired: bool) -> None:
+        """Look for DDP, which runs the module inside and leaves no mark on it but this one, for compilers."""
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None and not self.process_groups and any(module is self._host for module in ddp.modules()):
+            self.process_groups = [ddp.process_group]
+
+    def require_whole(self, parameters: Sequence[Tensor]) -> None:
+        """They are."""
+
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """They are."""
+        return nullcontext()
+
+    def discarded(self) -> bool | None:
+        """Users throw gradients away without a word."""
+        return None
+
+    def gradient_holders(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parameters."""
+        return parameters
+
+    @property
+    def sees_backward(self) -> bool:
+        """Users call it."""
+        return False
+
+    def close(self) -> None:
+        """There is nothing on the model."""
