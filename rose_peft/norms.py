@@ -57,16 +57,16 @@ def square_norms_per_unit(tensors: IndexedTensors, units: int, device: torch.dev
     if not tensors:
         return torch.zeros(units, dtype=wide_dtype(device), device=device)
     square = square_norms(local_part(tensor) for _, tensor in tensors)
-    rows = _rows(tuple(index for index, _ in tensors), units).to(square.device, non_blocking=True)
+    rows = _rows(tuple(index for index, _ in tensors), units, square.device)
     # Gathered and added along rows: unlike index_add, that does not depend on the order of threads.
     return torch.cat([square, square.new_zeros(1)])[rows].sum(dim=1).to(device)
 
 
 @lru_cache(maxsize=64)
-def _rows(indices: tuple[int, ...], units: int) -> Tensor:
+def _rows(indices: tuple[int, ...], units: int, device: torch.device) -> Tensor:
     """For each unit the positions of its tensors, padded with one position past the end."""
     rows: list[list[int]] = [[] for _ in range(units)]
     for position, index in enumerate(indices):
         rows[index].append(position)
     width = max(len(row) for row in rows)
-    return torch.tensor([row + [len(indices)] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [len(indices)] * (width - len(row)) for row in rows], device=device)

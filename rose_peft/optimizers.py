@@ -145,9 +145,8 @@ def momentum_of(optimizer: torch.optim.Optimizer, part: Part, rule: MomentumRule
     return part.of(momentum)
 
 
-def readable_rule(optimizer: torch.optim.Optimizer, group: Group, part: Part) -> MomentumRule | None:
-    """The momentum rule of one parameter, or None where there is none or what it names cannot be read."""
-    rule = momentum_rule(optimizer, group)
+def readable_rule(optimizer: torch.optim.Optimizer, part: Part, rule: MomentumRule | None) -> MomentumRule | None:
+    """The momentum rule of a part's group, or None where there is none or what it names cannot be read."""
     if rule is None:
         return None
     try:

@@ -149,10 +149,13 @@ class RoseSelector:
 
     def _follow(self) -> None:
         """Keep up with adapters that come and go, and with layers that are rebuilt."""
+        if not self.live.changed():
+            return
         if self.live.unloaded():
             self.detach()
             self.adapters = {}
-        elif self.live.refresh():
+        else:
+            self.live.refresh()
             self.adapters = steer(self.live, self.host, self.adapters)
 
     @property

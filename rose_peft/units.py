@@ -295,12 +295,13 @@ class LiveUnits:
         own = (self._peft_configs() or {}).get(adapter)
         return own if isinstance(own, ROSEConfig) and self._overruled.get(adapter) != id(own) else self._config
 
-    def refresh(self) -> bool:
-        """Find the units anew where adapters or layers have changed, and return whether they have."""
-        if self._signature == self._structure():
-            return False
+    def changed(self) -> bool:
+        """Whether adapters or layers have come, gone or moved since the units were found."""
+        return self._signature != self._structure()
+
+    def refresh(self) -> None:
+        """Find the units anew."""
         self._find()
-        return True
 
     def unloaded(self) -> bool:
         """Whether the adapter was merged or unloaded, of which other methods' tuners do not tell us."""
@@ -381,10 +382,12 @@ class LiveUnits:
         adapters = None if configs is None else tuple((name, id(config)) for name, config in configs.items())
         modules: list[int] = []
         waiting = [self.model]
-        while waiting:
-            children = [child for child in waiting.pop()._modules.values() if child is not None]
-            modules.extend(map(id, children))
-            waiting.extend(children)
+        while waiting:  # by hand: `model.modules()` takes several times as long, and this is asked twice a step
+            for child in waiting.pop()._modules.values():
+                if child is not None:
+                    modules.append(id(child))
+                    if child._modules:
+                        waiting.append(child)
         return adapters, hash(tuple(modules))
 
     def _first_tuner_layer(self) -> nn.Module | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .engines.seam import Group, Part
 from .errors import UnsupportedOptimizerError
 from .norms import local_part
-from .optimizers import MomentumRule, momentum_of, readable_rule, restore_groups, split_groups
+from .optimizers import MomentumRule, momentum_of, momentum_rule, readable_rule, restore_groups, split_groups
 from .scores import Stepping
 
 
@@ -53,11 +53,14 @@ def masked_parameters(mask: Tensor, stepping: Sequence[Stepping]) -> list[Masked
         stepping: The parameters with a gradient.
     """
     shares, rests = mask.tolist(), (1 - mask).tolist()
+    rules: dict[int, MomentumRule | None] = {}  # by group: read once for all of its parameters
     masked = []
     for entry in stepping:
         part = entry.part if shares[entry.index] < 1 else None
         if part is not None and (part.place is None or part.place[1]):
-            rule = readable_rule(entry.optimizer, entry.group, part)
+            if id(entry.group) not in rules:
+                rules[id(entry.group)] = momentum_rule(entry.optimizer, entry.group)
+            rule = readable_rule(entry.optimizer, part, rules[id(entry.group)])
             masked.append(Masked(part, entry.group, shares[entry.index], rests[entry.index], rule))
     return masked
 

@@ -92,13 +92,19 @@ def test_arguments_for_all_rows_stay(name: str, tensor: Tensor) -> None:
     assert torch.equal(rows.index, torch.tensor([0, 2])) and rows.kwargs[name] is tensor
 
 
+def filled_cache() -> DynamicCache:
+    cache = DynamicCache()
+    cache.update(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2, 2), 0)
+    return cache
+
+
 @pytest.mark.parametrize(
     "extra",
     [
         {"pixel_values": torch.zeros(24, 6)},  # patches of all pictures in one list
         {"image_grid_thw": torch.ones(3, 3, dtype=torch.int64)},
         {"position_ids": torch.zeros(4, 4, 5)},  # time, height, width and one more
-        {"unknown": DynamicCache.from_legacy_cache(((torch.zeros(4, 1, 2, 2),) * 2,))},  # not ours to cut
+        {"unknown": filled_cache()},  # not ours to cut
         {"both": [numbered(4, 2)] * 4},  # an item for each row, or rows in each item
         {"cu_seqlens": torch.tensor([0, 2, 5])},
     ],

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import transformers.trainer
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -83,7 +84,14 @@ def test_the_trainers_own_card_keeps_the_note(tmp_path, base_config) -> None:
 
 def test_the_card_that_the_trainer_pushes_has_the_note(tmp_path, monkeypatch) -> None:
     pushed = []
-    monkeypatch.setattr("transformers.trainer.upload_folder", lambda folder_path, **_: pushed.append(folder_path))
+
+    def upload_folder(*args, folder_path, **_) -> None:
+        pushed.append(folder_path)
+
+    if hasattr(transformers.trainer, "upload_folder"):
+        monkeypatch.setattr(transformers.trainer, "upload_folder", upload_folder)
+    else:  # transformers 5
+        monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     trainer = trainer_of(trained(), tmp_path)
     trainer.hub_model_id = "someone/model"
     trainer.push_to_hub()

@@ -245,6 +245,8 @@ def drop(model: nn.Module) -> None:
 
 
 def prune(model: nn.Module) -> None:
+    if not hasattr(model, "prune_heads"):
+        pytest.skip("transformers 5 prunes no heads")
     model.prune_heads({0: [0], 1: [1]})
 
 

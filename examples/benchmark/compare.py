@@ -35,7 +35,6 @@ from examples.training.model import build_model
 from examples.training.run import make_optimizer, tokenize, train_once
 from rose_peft import RoseError
 from rose_peft.robustness import (
-    Estimate,
     Result,
     ResultFileError,
     RobustnessError,
@@ -45,10 +44,10 @@ from rose_peft.robustness import (
 )
 from rose_peft.robustness.results import SUFFIX, write_json
 
-from .cost import ratios, time_in_turn
 from .grid import Candidate, Grid, read_grid
 from .measure import measure
 from .objectives import make_objective
+from .timing import relative_cost, time_in_turn
 
 EXPECTED = (InputError, RoseError, RobustnessError)
 
@@ -189,8 +188,8 @@ class Comparison:
             return
         print(f"{task}, {method}: cost per step", flush=True)
         steps = {name: self._stepper(one) for name, one in (("baseline", baseline), ("method", ours))}
-        low, middle, high = ratios(time_in_turn(steps, self.grid.cost_rounds), "baseline")["method"]
-        cost = Row("step_time", Estimate(middle, self.grid.cost_rounds, low, high), self.grid.baseline)
+        seconds = time_in_turn(steps, self.grid.cost_rounds)
+        cost = Row("step_time", relative_cost(seconds["method"], seconds["baseline"]), self.grid.baseline)
         Result(method=method, task=task, seed=self.grid.seeds[0], rows=[cost], config=config).save(file)
 
     def _stepper(self, candidate: Candidate) -> Callable[[], None]:

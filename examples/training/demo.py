@@ -19,10 +19,9 @@ from .data import TextData
 from .run import train
 
 SEEDS = 3
-SETTINGS = {"epochs": 2, "batch_size": 16, "max_length": 32, "keep": "last"}
-# Each the best of 5e-5, 1.5e-4 and 4.5e-4 by clean accuracy, then by the training loss of the last epoch, with another
-# seed (3). Neither this nor anything else here was chosen by a figure of robustness.
-LEARNING_RATES = {"plain": 4.5e-4, "ROSE": 1.5e-4}
+# The learning rate is the lowest of 5e-5, 1.5e-4 and 4.5e-4 at which both methods know every review of the validation
+# split (with a seed that is not among these); ROSE learns more slowly and does not at 5e-5.
+SETTINGS = {"epochs": 2, "batch_size": 16, "max_length": 32, "keep": "last", "learning_rate": 1.5e-4}
 LEARNT = 0.95
 CHANGES = {"dropout": None, "typos": 0.1}  # and the share of words hit
 
@@ -89,7 +88,7 @@ def demo(args: TrainArguments, text: TextData, explicit: Collection[str], is_mai
 
 def _settings(args: TrainArguments, method: str, explicit: Collection[str]) -> dict[str, Any]:
     """Options of a method's runs that are not the user's."""
-    settings = {**SETTINGS, "learning_rate": LEARNING_RATES[method], "risk_pass": "sampled"}
+    settings = {**SETTINGS, "risk_pass": "sampled"}
     if args.strategy == "second_order":
         del settings["risk_pass"]
     settings = {name: value for name, value in settings.items() if name not in explicit}

@@ -274,6 +274,49 @@ def plot_courses(courses: Mapping[str, Mapping[int, Sequence[Point]]], title: st
     return figure
 
 
+def plot_cost(
+    panels: Mapping[str, Mapping[str, tuple[float, Estimate]]], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw what risk passes choose against what they cost, one panel each; up and left is better.
+
+    Args:
+        panels: Title of each panel -> way to score -> its cost, relative to a step without risk pass, and the
+            agreement of its masks with the expected ones, as a fraction.
+        path: Where to save the picture; its ending decides the format. None does not save it.
+
+    Raises:
+        RobustnessError: If there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise RobustnessError("panels are empty: there is no cost to plot.")
+    figure = Figure(figsize=(4.2 * len(panels) + 0.5, 5.2), layout="constrained")
+    all_axes = list(figure.subplots(1, len(panels), squeeze=False).flat)
+    shown: dict[str, Any] = {}
+    for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
+        for number, (way, (cost, agreement)) in enumerate(points.items()):
+            if agreement.value is None:
+                continue
+            style = {**style_of(number), "linestyle": "", "markersize": 7}
+            bounds = [agreement.low, agreement.high]
+            low, high = (agreement.value if bound is None else bound for bound in bounds)
+            errors = [[agreement.value - low], [high - agreement.value]]
+            shown[way] = axes.errorbar([cost], [agreement.value], errors, capsize=3, elinewidth=0.8, **style)
+        axes.set_xscale("log")
+        ticks = [1, 1.1, 1.25, 1.5, 2, 3]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("time of a step x one without risk pass", fontsize=9)
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("units whose mask is the expected one", fontsize=9)
+    figure.suptitle("What a risk pass costs and how well it chooses")
+    legend_below(figure, shown)
+    _save(figure, path)
+    return figure
+
+
 def plot_pairs(
     panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: str | os.PathLike[str] | None = None
 ) -> Figure:

@@ -72,6 +72,11 @@ MEASURES: dict[str, Measure] = {
     "flipped_share": Measure("predictions flipped by {part}"),
     "divergence": Measure("divergence under {part}", is_share=False, place="details"),
     "step_time": Measure("time of a step, x {part}", is_share=False, place="cost"),
+    "step_seconds": Measure("{part}, seconds per step", is_share=False, place=""),
+    "relative_time": Measure("{part}, time of a step x plain", is_share=False, place=""),
+    "peak_memory": Measure("{part}, peak memory in MB", is_share=False, place=""),
+    "mask_agreement": Measure("{part}, agreement with the expected mask", place=""),
+    "mask_agreement_difference": Measure("{part}, agreement less that of a published draw", place=""),
 }
 
 

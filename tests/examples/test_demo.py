@@ -76,6 +76,6 @@ def test_three_seeds_of_both_methods_in_one_table(
         plain, rose = (tmp_path / method / f"seed{seed}" for method in ("plain", "ROSE"))
         assert load_result(rose / "demo.result.json").get("flipped_share", "dropout").n == 400
         made = [json.loads((folder / "results.json").read_text()) for folder in (plain, rose)]
-        assert [one["config"]["learning_rate"] for one in made] == list(demo.LEARNING_RATES.values())
+        assert [one["config"]["learning_rate"] for one in made] == [demo.SETTINGS["learning_rate"]] * 2
         assert made[1]["config"]["risk_pass"] == "paired" and made[1]["config"]["epochs"] == 1
         assert [one["method"] for one in made] == ["none", "ensemble"] and made[0]["seed"] == seed
