@@ -343,6 +343,9 @@ def plot_pairs(
         axes.set_xticks(range(len(by_method)), list(by_method))
         axes.set_title(panel, fontsize=8)
         axes.margins(x=0.4, y=0.2)
+        low, high = axes.get_ylim()
+        spare = max(0.0, 4 - (high - low)) / 2  # a panel without spread is no panel of thousandths
+        axes.set_ylim(max(-1, low - spare), min(101, high + spare))
         axes.grid(alpha=0.3)
     figure.supylabel("per cent", fontsize=9)
     figure.suptitle(f"{title}; large: their mean", fontsize=10)
