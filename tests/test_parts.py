@@ -10,7 +10,7 @@ from torch import nn
 
 from rose_peft import UnsupportedOptimizerError
 from rose_peft.engines.seam import Part
-from rose_peft.optimizers import readable_rule
+from rose_peft.optimizers import momentum_rule, readable_rule
 from rose_peft.update import Masked, MaskedStep
 
 SHAPES = [(3, 4), (5,), (2, 2, 2), (7,)]
@@ -27,7 +27,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 def step(optimizer: torch.optim.Optimizer, parts: list[Part], shares: list[float]) -> None:
     group = optimizer.param_groups[0]
     masked = [
-        Masked(part, group, share, 1 - share, readable_rule(optimizer, group, part))
+        Masked(part, group, share, 1 - share, readable_rule(optimizer, part, momentum_rule(optimizer, group)))
         for part, share in zip(parts, shares, strict=True)
         if share < 1
     ]
