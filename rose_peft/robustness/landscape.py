@@ -68,11 +68,13 @@ class Surface:
         steps: Steps along each direction, in multiples of the filter-normalised direction, ascending.
         losses: Mean loss at each step: a list for a line; for a plane one list per step along the second direction.
         seed: Seed of the directions.
+        n: Number of examples that each loss is the mean over, where that is known.
     """
 
     steps: list[float]
     losses: list[Any]
     seed: int
+    n: int | None = None
 
     @property
     def dimensions(self) -> int:
@@ -135,15 +137,22 @@ def loss_surface(
     rows = steps if dimensions == 2 else [0.0]
     bar = tqdm(total=len(rows) * points, desc="loss surface", disable=not progress)
     table = []
+    sizes: list[int] = []
+
+    def counted(model: nn.Module, batch: Any) -> Tensor:
+        losses = loss(model, batch)
+        sizes.append(losses.numel())
+        return losses
+
     with bar, weights_kept(weights):
         for second in rows:
             row = []
             for first in steps:
                 move(weights, originals, list(zip((first, second), directions, strict=False)))
-                row.append(mean_loss(model, batches, loss))
+                row.append(mean_loss(model, batches, counted))
                 bar.update()
             table.append(row)
-    return Surface(steps, table if dimensions == 2 else table[0], seed)
+    return Surface(steps, table if dimensions == 2 else table[0], seed, sum(sizes) // (len(rows) * points))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,22 @@ if TYPE_CHECKING:
     from .noise import NoiseResult
 
 Point = tuple[float, float]
+Styles = Mapping[str, Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Cloud:
+    """Clean and robust accuracy of a method's runs, and the means with their intervals; all are fractions."""
+
+    points: Sequence[Point]
+    clean: Estimate
+    robust: Estimate
+
+
+# The baseline is black; the first six are told apart by readers who see no red or no green, too.
+_COLORS = (
+    "#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e6b800", "#56b4e9", "#8c564b", "#999999", "#5e3c99"
+)  # fmt: skip
 _MARKERS = "osD^vP*X<>"
 _LINES = ("-", "--", ":", "-.")
 
@@ -27,10 +42,15 @@ def style_of(number: int) -> dict[str, Any]:
     """Color, marker and line style of the method with this number; no two of the first forty look the same."""
     again = number // 10
     return {
-        "color": f"C{number % 10}",
+        "color": _COLORS[number % 10],
         "marker": _MARKERS[(number + again) % len(_MARKERS)],
         "linestyle": _LINES[again % len(_LINES)],
     }
+
+
+def styles_of(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Give each name a look of its own, for all pictures that get the same mapping."""
+    return {name: style_of(number) for number, name in enumerate(names)}
 
 
 def legend_below(figure: Figure, handles: Mapping[str, Any]) -> None:
@@ -70,19 +90,31 @@ def plot_noise(results: Mapping[str, NoiseResult], path: str | os.PathLike[str] 
         name: {kind: {0.0: result.clean, **by_rate} for kind, by_rate in result.noisy.items()}
         for name, result in results.items()
     }
-    return plot_curves(curves, path)
+    figure = plot_curves(curves, styles_of(curves), "95 % interval over texts (Wilson)")
+    _save(figure, path)
+    return figure
 
 
 def plot_curves(
-    curves: Mapping[str, Mapping[str, Mapping[float, Estimate]]], path: str | os.PathLike[str] | None = None
+    curves: Mapping[str, Mapping[str, Mapping[float, Estimate]]],
+    styles: Styles,
+    band: str,
+    title: str = "Accuracy under noise",
 ) -> Figure:
-    """Draw noise curves: model -> kind -> rate -> accuracy, with a band where a figure has bounds.
+    """Draw noise curves with a band where a figure has bounds.
+
+    Args:
+        curves: Model -> kind -> rate -> accuracy, as fractions.
+        styles: How each model looks.
+        band: What the bands are, for the legend.
+        title: Title above all panels.
 
     Raises:
         RobustnessError: If there is nothing to draw.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     kinds = list(dict.fromkeys(kind for by_kind in curves.values() for kind in by_kind))
     if not kinds:
@@ -91,32 +123,38 @@ def plot_curves(
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(max(6.5, 3.1 * columns), 2.7 * rows + 1.3), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes, kind in zip(panels, kinds, strict=False):
-        for number, (name, by_kind) in enumerate(curves.items()):
+    banded = False
+    for position, (axes, kind) in enumerate(zip(panels, kinds, strict=False)):
+        for name, by_kind in curves.items():
             points = sorted((r, f) for r, f in by_kind.get(kind, {}).items() if f.value is not None)
             if not points:
                 continue
             rates = [rate for rate, _ in points]
-            style = style_of(number)
-            axes.plot(rates, [f.value for _, f in points], markersize=3, label=name, **style)
+            style = styles[name]
+            axes.plot(rates, [f.value for _, f in points], markersize=4, label=name, **style)
             low = [f.value if f.low is None else f.low for _, f in points]
             high = [f.value if f.high is None else f.high for _, f in points]
             axes.fill_between(rates, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            banded = banded or low != high
         axes.set_title(kind, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        # Steps of 2.5 would be rounded to labels that are wrong.
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.set_xlabel("share of words hit", fontsize=9)
+        if position % columns == 0:
+            axes.set_ylabel("accuracy", fontsize=9)
     for axes in list(figure.axes)[len(kinds) :]:
         axes.set_visible(False)
-    figure.suptitle("Accuracy under noise")
-    figure.supylabel("accuracy", fontsize=10)
-    handles = {
+    figure.suptitle(title, fontsize=11)
+    handles: dict[str, Any] = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    if banded:
+        handles[f"band: {band}"] = Patch(color="grey", alpha=0.3, linewidth=0)
     legend_below(figure, handles)
-    _save(figure, path)
     return figure
 
 
@@ -147,8 +185,10 @@ def plot_surfaces(
     if next(iter(surfaces.values())).dimensions == 1:
         figure = Figure(figsize=(6.5, 5.0), layout="constrained")
         axes = figure.subplots()
+        styles = styles_of(surfaces)
         for name, surface in surfaces.items():
-            axes.plot(surface.steps, surface.losses, marker="o", markersize=2.5, label=name)
+            axes.plot(surface.steps, surface.losses, markersize=3, label=name, **styles[name])
+        _plain_numbers(axes.yaxis, 7)
         if ceiling is not None:
             axes.set_ylim(top=ceiling)
         axes.set_xlabel("step along direction 1")
@@ -158,11 +198,30 @@ def plot_surfaces(
     else:
         figure = _plot_planes(surfaces, ceiling)
     figure.suptitle(
-        f"{title}\nrandom directions, filter-normalised\n(a step of 1 moves every filter by its own length)",
+        f"{title}\nrandom directions, filter-normalised (a step of 1 moves every filter by its own length)\n"
+        f"{_sample(surfaces.values())}",
         fontsize=10,
     )
     _save(figure, path)
     return figure
+
+
+def _sample(surfaces: Iterable[Surface]) -> str:
+    """Say over how many examples and with which seed surfaces were measured; each once where they agree."""
+    known = list(surfaces)
+    sizes = list(dict.fromkeys("unknown" if surface.n is None else str(surface.n) for surface in known))
+    seeds = list(dict.fromkeys(str(surface.seed) for surface in known))
+    return f"n = {', '.join(sizes)} examples; seed of the directions {', '.join(seeds)}"
+
+
+def _plain_numbers(axis: Any, most: int) -> None:
+    """Label an axis with as many digits as its ticks need to differ, and without an offset to add in one's head."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    formatter = ScalarFormatter(useOffset=False)
+    formatter.set_scientific(False)
+    axis.set_major_locator(MaxNLocator(most))
+    axis.set_major_formatter(formatter)
 
 
 def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Figure:
@@ -191,86 +250,127 @@ def _plot_planes(surfaces: Mapping[str, Surface], ceiling: float | None) -> Figu
         relief = figure.add_subplot(2, count, column + 1, projection="3d")
         relief.plot_surface(across, along, grid, rstride=1, cstride=1, linewidth=0, antialiased=True, **shared)
         relief.set_zlim(low, high)
-        relief.set_zlabel("loss", fontsize=8, labelpad=0)
+        relief.set_zlabel("loss", fontsize=8, labelpad=6)
+        # Labels at the ends of both directions would meet in the corner.
+        inner = [surface.steps[0] / 2, 0.0, surface.steps[-1] / 2]
+        relief.set_xticks(inner)
+        relief.set_yticks(inner)
+        _plain_numbers(relief.zaxis, 5)
         relief.set_title(f"{name}\nloss at the weights {surface.centre:.3f}", fontsize=10)
         relief.tick_params(labelsize=7, pad=-2)
+        relief.tick_params(axis="z", pad=2)
         plane = figure.add_subplot(2, count, count + column + 1)
         contours = plane.contourf(across, along, grid, levels=levels, **shared)
         plane.contour(across, along, grid, levels=levels[::3], colors="white", linewidths=0.4)
         plane.plot(0, 0, marker="+", color="red", markersize=8, linestyle="", label="the model")
         plane.set_aspect("equal")
         plane.tick_params(labelsize=8)
+        plane.set_xticks([surface.steps[0], *inner, surface.steps[-1]])
+        plane.set_yticks([surface.steps[0], *inner, surface.steps[-1]])
         plane.set_xlabel("step along direction 1", fontsize=9)
         if column == 0:
             plane.set_ylabel("step along direction 2", fontsize=9)
             plane.legend(loc="upper left", fontsize=7, framealpha=0.8)
         flat.append(plane)
     label = "mean cross-entropy loss (nats)" + (f"\n{high:g} and above look alike" if ceiling is not None else "")
-    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15, format="%.2f")
+    bar = figure.colorbar(contours, ax=flat, label=label, shrink=0.9, aspect=15)
+    _plain_numbers(bar.ax.yaxis, 7)
     bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def plot_scatter(panels: Mapping[str, Mapping[str, Sequence[Point]]], title: str) -> Figure:
-    """Draw clean against robust accuracy: small points for runs, large ones for their means; up and right is better.
+def plot_scatter(panels: Mapping[str, Mapping[str, Cloud]], styles: Styles, title: str) -> Figure:
+    """Draw clean against robust accuracy: small points for runs, large ones with intervals for their means.
 
     Args:
-        panels: Title of each panel -> method -> clean and robust accuracy of each run, as fractions.
+        panels: Title of each panel -> method -> its runs and means; up and right is better.
+        styles: How each method looks.
         title: Title above all panels.
     """
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    methods = list(dict.fromkeys(method for points in panels.values() for method in points))
-    columns = min(3, len(panels))
+    columns = min(2 if len(panels) == 4 else 3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(5.5, 3.6 * columns), 3.2 * rows + 1.4), layout="constrained")
+    figure = Figure(figsize=(max(5.5, 4.2 * columns), 3.4 * rows + 1.4), layout="constrained")
     all_axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     shown: dict[str, Line2D] = {}
     for axes, (panel, by_method) in zip(all_axes, panels.items(), strict=False):
-        for method, points in by_method.items():
-            style = {**style_of(methods.index(method)), "linestyle": ""}
-            across, along = 100 * np.array(points).T
-            axes.plot(across, along, markersize=4, alpha=0.45, **style)
-            large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "black", **style}
-            axes.plot([across.mean()], [along.mean()], zorder=3, **large)
+        for method, cloud in by_method.items():
+            style = {**styles[method], "linestyle": ""}
+            across, along = 100 * np.array(cloud.points).T
+            axes.plot(across, along, markersize=4, alpha=0.35, **style)
+            large: dict[str, Any] = {"markersize": 9, "markeredgecolor": "white", **style}
+            axes.errorbar(
+                [100 * (cloud.clean.value or 0.0)],
+                [100 * (cloud.robust.value or 0.0)],
+                xerr=_arms(cloud.clean),
+                yerr=_arms(cloud.robust),
+                elinewidth=1,
+                zorder=3,
+                **large,
+            )
             shown[method] = Line2D([], [], **large)
         axes.set_title(panel, fontsize=10)
         axes.set_xlabel("clean accuracy (%)", fontsize=9)
         axes.set_ylabel("robust accuracy (%)", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.margins(0.15)
+        axes.margins(0.1)
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{title}\nlarge: mean over seeds, small: one seed", fontsize=11)
+    figure.suptitle(
+        f"{title}\nlarge: mean over seeds with its 95 % interval (Student's t; of one seed that within the run), "
+        "small: one seed",
+        fontsize=10,
+    )
     legend_below(figure, shown)
     return figure
 
 
-def plot_courses(courses: Mapping[str, Mapping[int, Sequence[Point]]], title: str) -> Figure:
-    """Draw robust against clean accuracy after each epoch, one mark per run and epoch.
+def _arms(estimate: Estimate) -> list[list[float]] | None:
+    """Lengths of an interval below and above its value, in per cent."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return None
+    return [[100 * max(0.0, estimate.value - estimate.low)], [100 * max(0.0, estimate.high - estimate.value)]]
+
+
+def plot_courses(courses: Mapping[str, Mapping[int, Sequence[Point]]], styles: Styles, title: str) -> Figure:
+    """Draw how robust and clean accuracy of each run go through the epochs, one panel per method.
+
+    All panels have the same axes; the runs of the first method lie in grey behind the others.
 
     Args:
         courses: Method -> training seed -> clean and robust accuracy after each epoch, as fractions.
+        styles: How each method looks.
         title: Title of the picture.
     """
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    shown = {}
-    for number, (method, course) in enumerate(courses.items()):
-        pairs = [pair for run in course.values() for pair in run]
-        style = {**style_of(number), "linestyle": "", "markersize": 6, "alpha": 0.75}
-        axes.plot([100 * clean for clean, _ in pairs], [100 * robust for _, robust in pairs], **style)
-        shown[method] = Line2D([], [], **style)
-    axes.set_xlabel("clean accuracy (%)")
-    axes.set_ylabel("robust accuracy (%)")
-    axes.set_title(title, fontsize=11)
-    axes.grid(alpha=0.3)
-    legend_below(figure, shown)
+    columns = min(3, len(courses))
+    rows = -(-len(courses) // columns)
+    figure = Figure(figsize=(max(5.5, 3.4 * columns), 2.9 * rows + 0.8), layout="constrained")
+    all_axes = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    first = next(iter(courses))
+    for axes, (method, course) in zip(all_axes, courses.items(), strict=False):
+        if method != first:
+            for run in courses[first].values():
+                axes.plot(*_percent(run), color="grey", alpha=0.35, linewidth=1, label="_behind")
+        for run in course.values():
+            style = styles[method]
+            axes.plot(*_percent(run), markersize=3, linewidth=1.2, alpha=0.8, **style, label=method)
+            ends: dict[str, Any] = {**style, "linestyle": "", "markersize": 8, "markeredgecolor": "white"}
+            axes.plot(*_percent(run[-1:]), **ends, zorder=3, label="_last")
+        axes.set_title(method, fontsize=10, color=styles[method]["color"])
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.set_xlabel("clean accuracy (%)", fontsize=9)
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("robust accuracy (%)", fontsize=9)
+    for axes in all_axes[len(courses) :]:
+        axes.set_visible(False)
+    grey = f"; grey: {first}" if len(courses) > 1 else ""
+    figure.suptitle(f"{title}\nline: one run through its epochs, large: its last epoch{grey}", fontsize=10)
     return figure
 
 
@@ -315,6 +415,10 @@ def plot_cost(
     legend_below(figure, shown)
     _save(figure, path)
     return figure
+
+
+def _percent(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    return [100 * clean for clean, _ in points], [100 * robust for _, robust in points]
 
 
 def plot_pairs(

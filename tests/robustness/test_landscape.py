@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -341,6 +342,37 @@ def test_panels_share_one_scale_and_nothing_overlaps(tmp_path: Path) -> None:
     assert set(meshes[:4]) == {(0.0, 8.0)}
     capped = plot_surfaces({"a": bowl(1), "b": bowl(100)}, ceiling=3.0)
     assert {axes.get_zlim() for axes in capped.axes if axes.name == "3d"} == {(0.0, 3.0)}
+
+
+def test_ticks_of_a_flat_landscape_differ_and_are_true() -> None:
+    flat = bowl(1e-4)
+    flat = dataclasses.replace(flat, losses=[[0.6931 + loss for loss in row] for row in flat.losses])
+    picture = plot_surfaces({"plain": flat, "ROSE": flat})
+    picture.draw_without_rendering()
+    bars = [axes.yaxis for axes in picture.axes if axes.get_label() == "<colorbar>"]
+    heights = [axes.zaxis for axes in picture.axes if axes.name == "3d"]
+    assert len(bars) == 1 and len(heights) == 2
+    for axis in [*bars, *heights]:
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        assert len(labels) >= 3 and len(set(labels)) == len(labels)
+        assert axis.get_offset_text().get_text() == ""
+        assert [float(label) for label in labels] == pytest.approx(list(axis.get_ticklocs()), abs=1e-7)
+
+
+def test_a_landscape_says_its_examples_and_seed() -> None:
+    one = dataclasses.replace(bowl(1), n=64, seed=7)
+    assert "n = 64 examples; seed of the directions 7" in plot_surfaces({"a": one, "b": one}).get_suptitle()
+    mixed = {"a": one, "b": dataclasses.replace(one, n=32)}
+    assert "n = 64, 32 examples; seed of the directions 7" in plot_surfaces(mixed).get_suptitle()
+    assert "n = unknown examples" in plot_surfaces({"a": bowl(1)}).get_suptitle()
+
+
+def test_a_surface_counts_its_examples() -> None:
+    model = nn.Linear(2, 1)
+    batches = [torch.ones(3, 2), torch.ones(2, 2)]
+    for dimensions in (1, 2):
+        surface = loss_surface(model, batches, lambda m, b: m(b).squeeze(1) ** 2, dimensions=dimensions, points=3)
+        assert surface.n == 5
 
 
 def test_lines_share_one_diagram(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..errors import ResultFileError
+from ..plotting import styles_of
 from ..results import SUFFIX, load_result
 from .comparable import broken_attacks, unequal_budgets, unequal_samples, with_noise_mean
 from .equal_clean import gather_courses
 from .frame import Run, columns, gather, seeds_of
-from .pictures import draw
+from .pictures import choose, draw
 from .pooled import pooled_robustness
 from .tables import (
     cost_table,
@@ -112,7 +113,11 @@ def write_report(
     methods = _methods(frame, baseline, order)
     tasks = list(dict.fromkeys(frame["task"]))
     pictures: list[Path] = []
-    shown: list[DataFrame] = []
+    of_tasks = {task: with_noise_mean(frame[frame["task"] == task], task) for task in tasks}
+    shown = pandas.concat([of_task for of_task, _ in of_tasks.values()], ignore_index=True)
+    pooled, left_out = pooled_robustness(shown, methods, baseline)
+    in_pictures = choose(shown, methods, baseline, pooled)
+    styles = styles_of(in_pictures)
     compared: list[DataFrame] = []
     lines: list[str] = []
     file_names = _file_names(tasks)
@@ -120,8 +125,7 @@ def write_report(
         problems.append(f"baseline={baseline!r}: no result is of this method, so there are no paired differences.")
     for task in tasks:
         of_files = [run for run in runs if run.result.task == task]
-        of_task, incomplete = with_noise_mean(frame[frame["task"] == task], task)
-        shown.append(of_task)
+        of_task, incomplete = of_tasks[task]
         compared.append(differences(of_task, methods, baseline).assign(task=task))
         problems += incomplete + unequal_samples(of_task, task)
         problems += unequal_budgets(of_files, task) + broken_attacks(of_task, task)
@@ -134,7 +138,8 @@ def write_report(
         if details:
             lines += ["Details:", "", *summary_table(of_task, methods, details), ""]
         with rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-            drawn = draw(of_task, methods, courses, task)
+            drawn = draw(of_task, styles, courses, task)
+            lines += _not_drawn(methods, in_pictures) if drawn else []
             for name, slug in _file_names(drawn).items():
                 caption, picture = drawn[name]
                 path = folder / f"report_{file_names[task]}_{slug}.png"
@@ -142,7 +147,6 @@ def write_report(
                 pictures.append(path)
                 lines += [f"![{caption}, {task}]({path.name})", ""]
         lines += cost_table(of_task, methods)
-    pooled, left_out = pooled_robustness(pandas.concat(shown), methods, baseline)
     lines = [*pooled_table(pooled, left_out, baseline), *lines]
     compared.append(pooled.assign(task="all", baseline=baseline, measure="pooled_robustness"))
     lines += _images(runs, folder, pictures, problems)
@@ -152,7 +156,7 @@ def write_report(
     if problems:
         lines += ["## Left out, or not comparable", "", *(f"- {line}" for line in problems), ""]
     lines += ["## Versions", "", *_versions(runs), ""]
-    report = Report(folder / "report.md", pandas.concat(shown, ignore_index=True), problems, pictures)
+    report = Report(folder / "report.md", shown, problems, pictures)
     # Names of files need not be valid text.
     text = "\n".join([f"# {title}", "", _introduction(report, methods, tasks), "", *lines])
     report.page.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -166,6 +170,18 @@ def _methods(frame: DataFrame, baseline: str, order: Sequence[str] = ()) -> list
     """Return the methods that have results: the baseline, those of the order, the others as they appear."""
     names = set(frame["method"])
     return [name for name in dict.fromkeys([baseline, *order, *frame["method"]]) if name in names]
+
+
+def _not_drawn(methods: Sequence[str], in_pictures: Sequence[str]) -> list[str]:
+    """Say which methods the pictures leave out, and why those."""
+    missing = [method for method in methods if method not in in_pictures]
+    if not missing:
+        return []
+    return [
+        f"The pictures show {len(in_pictures)} of {len(methods)} methods: the baseline, and those with most seeds "
+        f"and, of these, the best pooled robustness. Left out of them: {', '.join(missing)}.",
+        "",
+    ]
 
 
 def _introduction(report: Report, methods: Sequence[str], tasks: Sequence[str]) -> str:
