@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, RoseSelector, UnsupportedOptimizerError, attach_rose
+from rose_peft.hooks import observers, unwatch_steps
 from tests.helpers.interrupting import calls_of, differences, everything, interrupt_at
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.watching import assert_masks_acted, backward, train_step, unit_weights
@@ -37,7 +38,9 @@ class Failing(torch.optim.SGD):
 
 
 def start(strategy: str, cls: type[torch.optim.Optimizer] = torch.optim.AdamW) -> Training:
-    """A training that has taken its first step and has the gradients of the next one."""
+    """A training that has taken its first step and has the gradients of the next one, and the steps to itself."""
+    for observer in observers():  # one that was collected between counting and interrupting would change the count
+        unwatch_steps(observer)
     model = tiny_bert()
     selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.4))
     options: dict[str, Any] = {"weight_decay": 0.1} if cls is torch.optim.AdamW else {"momentum": 0.9}
