@@ -48,7 +48,7 @@ package: $(VENV_PACKAGE)/.installed
 $(VENV4)/.installed: pyproject.toml .ci/constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV4)
 	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt torch
-	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt --editable '.[attack,dev]'
+	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt --editable '.[attack,dev,quantized]'
 	touch $@
 
 # Only what starts several processes needs DeepSpeed, which is built at its installation.

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from rose_peft import ROSEConfig, RoseSelector, get_selector
+from tests.helpers.held import held_tensors
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.watching import backward, train_step, watched_step
 
@@ -147,9 +148,7 @@ def test_switching_leaks_nothing(kind: str) -> None:
         train_step(model, optimizer, seed)
         if seed % 10 == 9:
             gc.collect()
-            tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
-            held.append((len(tensors), sum(tensor.untyped_storage().nbytes() for tensor in tensors)))
-            del tensors
+            held.append(held_tensors())
     assert len(set(held[1:])) == 1, held
 
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rose_peft import ROSEConfig, RoseSelector, attach_rose, detach_rose, get_selector
+from tests.helpers.held import held_tensors
 from tests.helpers.tiny import tiny_bert
 from tests.helpers.watching import backward, train_step, watched_step
 
@@ -195,9 +196,7 @@ def test_attaching_over_and_over_keeps_nothing_of_the_past() -> None:
         go(model, optimizer, range(2 * round_, 2 * round_ + 2))
         detach_rose(model)
         gc.collect()
-        tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
-        del tensors
+        sizes.append(held_tensors()[1])
     assert len(set(sizes[1:])) == 1, sizes
 
 

@@ -40,6 +40,7 @@ from rose_peft.decision import Decision
 from rose_peft.state import SelectionState
 from tests.helpers import reference
 from tests.helpers.blocks import DropoutBlocks
+from tests.helpers.held import held_tensors
 from tests.helpers.steps import STRATEGIES, adamw, config, train_step
 from tests.helpers.tiny import batch, tiny_bert
 
@@ -625,9 +626,7 @@ def test_units_frozen_by_the_user_take_no_part_until_they_are_thawed(strategy):
 def held_now(model: nn.Module) -> tuple[int, int, int, tuple[int, ...]]:
     """Tensors and their bytes, blocks of memory that Python has allocated, and hooks."""
     hooks = len(model._forward_hooks), len(model._forward_pre_hooks), *count_global_hooks()[:2]
-    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
-    count, size = len(tensors), sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    del tensors
+    count, size = held_tensors()
     return count, size, sys.getallocatedblocks(), hooks
 
 
