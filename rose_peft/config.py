@@ -15,7 +15,7 @@ from .errors import RoseConfigError
 STRATEGIES = ("first_order", "second_order", "ensemble")
 RISK_PASSES = ("paired", "sampled")
 ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
-RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 4, 0.25, 0.5
+RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 8, 0.25, 0.8
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
 
@@ -36,8 +36,8 @@ class ROSEConfig(PeftConfig):
         gamma: Weight of the first-order mask in the ensemble, in [0, 1]; the second-order mask has 1 - gamma.
         warmup_steps: Number of optimizer steps at the start that update every unit fully.
         risk_pass: How the dropout divergence is measured: "paired" (as published: the whole batch twice at every step;
-            the loss is the mean over both passes) or "sampled" (some rows once more at every few steps, beside the
-            user's own pass, which is left as it is).
+            the loss is the mean over both passes) or "sampled" (some rows twice at every few steps, beside the user's
+            own pass, which is left as it is).
         risk_interval: Sampled: number of optimizer steps from one risk pass to the next.
         risk_fraction: Sampled: share of the batch's rows in a risk pass, in (0, 1].
         risk_smoothing: Sampled: weight of the past in the average of squared norms, in [0, 1).
@@ -83,7 +83,7 @@ class ROSEConfig(PeftConfig):
         metadata={
             "help": (
                 "How the dropout divergence is measured: 'paired' (as published: the whole batch twice at every step) "
-                "or 'sampled' (some rows once more at every few steps)."
+                "or 'sampled' (some rows twice at every few steps)."
             )
         },
     )

@@ -83,14 +83,6 @@ class Rows:
     kwargs: dict[str, Any]
     index: Tensor | None
 
-    def of(self, logits: Tensor) -> Tensor:
-        """The same rows of what the model made of the whole batch.
-
-        Args:
-            logits: [B, ...].
-        """
-        return logits if self.index is None else logits.index_select(0, self.index.to(logits.device))
-
 
 def take_rows(args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, results: Sequence[int] = ()) -> Rows:
     """Take a share of a batch's rows.
@@ -137,7 +129,7 @@ def without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments; masks that reach into the cache are cut to the tokens of the call itself.
     """
-    if not has_cache(kwargs):
+    if all(kwargs.get(name) is None for name in CACHES):
         return kwargs
     kept = {name: value for name, value in kwargs.items() if name not in (*CACHES, "cache_position")}
     for name, sources in _REACHING.items():
@@ -147,15 +139,6 @@ def without_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, An
         if isinstance(mask, Tensor) and lengths:
             kept[name] = mask[..., -lengths[0] :]
     return {**kept, "use_cache": False}
-
-
-def has_cache(kwargs: dict[str, Any]) -> bool:
-    """Whether a call was given a cache.
-
-    Args:
-        kwargs: Keyword arguments of the forward call.
-    """
-    return any(kwargs.get(name) is not None for name in CACHES)
 
 
 def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str | None, Any]]:

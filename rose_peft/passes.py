@@ -161,10 +161,8 @@ class Passes:
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
                 scale=float(steered.state.risk_scale),
-                confirm=steered.confirm,
             )
-            if steered.confirm:
-                self._check_hidden_states(sample.call, steered)
+            self._check_hidden_states(sample.call, steered)
         if steered.plan is not None:
             steered.plan.hold_back()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .inputs import has_cache, take_rows, tensors_inside, without_cache
+from .inputs import take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .risk import Call, Head, RiskWindow
 
@@ -24,12 +24,10 @@ class Sample:
 
     Args:
         call: With those rows as its inputs, and without the user's caches.
-        first: What the user's own pass made of them, without a graph; None where it says nothing.
         whole: Whether it is the whole batch, because its rows cannot be taken apart.
     """
 
     call: Call
-    first: Sequence[Tensor] | None
     whole: bool
 
 
@@ -38,32 +36,25 @@ def take_sample(call: Call, output: object, head: Head, fraction: float) -> Samp
 
     Args:
         call: The user's call.
-        output: What it returned.
+        output: What it returned; it tells how many rows there are.
         head: What the logits mean.
         fraction: Share of the rows, in (0, 1].
     """
     fused = bool(call.kwargs.get("fused_lm_head"))  # TRL's trainers ask for log-probabilities and no logits
-    logits = [] if fused else [part.detach() for part in head.logits(output)]
-    rows = take_rows(call.args, without_cache(call.args, call.kwargs), fraction, [len(part) for part in logits])
+    results = [] if fused else [len(part) for part in head.logits(output)]
+    rows = take_rows(call.args, without_cache(call.args, call.kwargs), fraction, results)
     kwargs = {**rows.kwargs, "fused_lm_head": False} if fused else rows.kwargs
-    # What a model says after the tokens in a cache is not what it says without them.
-    telling = not fused and not has_cache(call.kwargs)
-    first = [rows.of(part) for part in logits] if telling else None
-    return Sample(Call(call.module, rows.args, kwargs, {}), first, rows.index is None)
+    return Sample(Call(call.module, rows.args, kwargs, {}), rows.index is None)
 
 
 def sampled_pass(
-    sample: Sample,
-    head: Head,
-    window: RiskWindow,
-    parameters: Callable[[], IndexedTensors],
-    *,
-    scale: float,
-    confirm: bool,
+    sample: Sample, head: Head, window: RiskWindow, parameters: Callable[[], IndexedTensors], *, scale: float
 ) -> None:
-    """Run a second pass over a few rows and keep the norms of its divergence from the user's own logits.
+    """Run two passes over a few rows and keep the norms of the gradient of their divergence.
 
-    The gradient runs through this pass alone; to be called `aside`, where the modules show whole parameters.
+    The gradient runs through both passes, as the published one does. Through one alone it would hold, besides what
+    dropout does, what both passes have in common, and would rank otherwise however many rows it saw.
+    To be called `aside`, where the modules show whole parameters.
 
     Args:
         sample: The rows.
@@ -71,39 +62,13 @@ def sampled_pass(
         window: Where the norms go.
         parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
         scale: Factor on the divergence before its gradient is taken.
-        confirm: Whether to find out by one more pass, without gradient, if there is any dropout at all; else outputs
-            that are as near as rounding count as equal.
     """
-    first = sample.first if sample.first is not None else _without_gradient(sample, head)
-    second = head.logits(sample.call.again())
-    value, _ = head.divergence(first, second, sample.call.kwargs)
-    if confirm:
-        equal = _all([(one == other).all() for one, other in _pairs(second, _without_gradient(sample, head))])
-    else:
-        equal = _all([_nearly_equal(one, other) for one, other in _pairs(first, second)])
+    first, second = head.logits(sample.call.again()), head.logits(sample.call.again())
+    value, equal = head.divergence(first, second, sample.call.kwargs)
     # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
     inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
     retain = any(tensor.requires_grad for tensor in inputs)
     window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
-
-
-def _without_gradient(sample: Sample, head: Head) -> Sequence[Tensor]:
-    with torch.no_grad():
-        return head.logits(sample.call.again())
-
-
-def _pairs(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(first, second, strict=True)
-
-
-def _all(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).all()
-
-
-def _nearly_equal(one: Tensor, other: Tensor) -> Tensor:
-    """Whether two passes differ by no more than the rounding of another batch size."""
-    tolerance = 16 * torch.finfo(one.dtype).eps
-    return (one - other).abs().max() <= tolerance * one.abs().max()
 
 
 @contextmanager

@@ -24,8 +24,6 @@ class Steered:
     state: SelectionState
     window: RiskWindow
     watchdog: Watchdog
-    # Sampled passes: whether the next one shall find out if there is any dropout at all.
-    confirm: bool = True
     # What is known of the next step before its forward call; with `skip_frozen_gradients` only.
     plan: Plan | None = None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rose_peft.inputs import has_cache, row_count, take_rows, tensors_inside, without_cache
+from rose_peft.inputs import row_count, take_rows, tensors_inside, without_cache
 
 
 def numbered(count: int, *shape: int) -> Tensor:
@@ -29,9 +29,7 @@ def test_rows_are_spread_over_the_batch(count: int, fraction: float) -> None:
         assert rows.index is None
         return
     assert rows.index is not None and len(rows.index) == wanted == len(rows.kwargs["input_ids"])
-    assert torch.equal(rows.kwargs["input_ids"][:, 0], rows.index) and torch.equal(
-        rows.of(numbered(count)), rows.index
-    )
+    assert torch.equal(rows.kwargs["input_ids"][:, 0], rows.index)
     gaps = rows.index.diff(append=torch.tensor([count]))
     # No two gaps differ by more than one, the first row is in, and no row twice.
     assert rows.index[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
@@ -113,7 +111,7 @@ def filled_cache() -> DynamicCache:
 def test_a_batch_that_cannot_be_taken_apart_stays_whole(extra: dict[str, Any]) -> None:
     kwargs = {"input_ids": numbered(4, 5), **extra}
     rows = take_rows((), kwargs, 0.5)
-    assert rows.index is None and rows.kwargs is kwargs and rows.of(kwargs["input_ids"]) is kwargs["input_ids"]
+    assert rows.index is None and rows.kwargs is kwargs
 
 
 def test_a_packed_batch_of_one_row_stays_whole_and_says_so() -> None:
@@ -146,7 +144,6 @@ def test_without_results_the_most_telling_input_counts() -> None:
 def test_no_cache_is_left(name: str) -> None:
     kwargs = {"input_ids": numbered(2, 3), name: object(), "cache_position": torch.arange(4, 7), "use_cache": True}
     kept = without_cache((), kwargs)
-    assert has_cache(kwargs) and not has_cache(kept)
     assert set(kept) == {"input_ids", "use_cache"} and kept["use_cache"] is False
     assert name in kwargs and kwargs["use_cache"] is True
 
