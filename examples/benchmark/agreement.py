@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, Scores, attach_rose, get_selector
+from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
 from rose_peft.decision import averaged, smooth
 from rose_peft.masks import quantile_band
 from rose_peft.risk import Call, Head, RiskWindow, paired_pass
@@ -25,6 +26,7 @@ from rose_peft.scores import Facts, Stepping
 
 Batch = dict[str, Tensor]
 PUBLISHED = "published draw"
+ONE_SIDED = "published draw, gradient through its second pass only"
 
 
 class Setting(NamedTuple):
@@ -44,15 +46,15 @@ class Setting(NamedTuple):
         return f"every {self.interval}, {self.fraction:g} of the rows, smoothing {self.smoothing:g}"
 
 
-DEFAULT = Setting(4, 0.25, 0.5)
+DEFAULT = Setting(RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING)
 SETTINGS = (
-    Setting(1, 1.0, 0.0),
     Setting(1, 0.25, 0.0),
-    Setting(4, 0.25, 0.0),
-    DEFAULT,
+    Setting(8, 0.25, 0.0),
     Setting(8, 0.25, 0.5),
-    Setting(4, 0.125, 0.5),
-    Setting(8, 0.125, 0.8),
+    DEFAULT,
+    Setting(16, 0.25, 0.8),
+    Setting(4, 0.25, 0.8),
+    Setting(4, 0.125, 0.8),
 )
 
 
@@ -114,7 +116,6 @@ def agreement_along(
     points: int,
     draws: int,
     learning_rate: float,
-    settings: Sequence[Setting] = SETTINGS,
     uppers: Sequence[float] = (0.7, 0.4),
     clock: Callable[[], float] = time.perf_counter,
     after_point: Callable[[Agreement], None] = lambda found: None,
@@ -129,7 +130,6 @@ def agreement_along(
         points: How many points.
         draws: How many draws the expected mask is from.
         learning_rate: Of AdamW, constant.
-        settings: Sampled passes to compare.
         uppers: Upper quantiles; the first one steers the training.
         clock: What times are read from, in seconds.
         after_point: Called after each step with a point, with what is known so far.
@@ -144,8 +144,7 @@ def agreement_along(
     selector = get_selector(model)
     units, head = len(selector.units), Head(model, "SEQ_CLS", None)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), 1e-6, weight_decay=0.01)
-    found, averages = Agreement(), {setting: torch.zeros(2, units, dtype=torch.float64) for setting in settings}
-    averages.setdefault(DEFAULT, torch.zeros(2, units, dtype=torch.float64))
+    found, averages = Agreement(), {setting: torch.zeros(2, units, dtype=torch.float64) for setting in SETTINGS}
     compared = set(point_steps(steps, points))
 
     def square_norms(run: Callable[[RiskWindow], None]) -> Tensor:
@@ -158,6 +157,12 @@ def agreement_along(
 
     def published(call: Call) -> Tensor:
         value, equal, _ = paired_pass(call, call.again(), head)
+        return square_norms(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False))
+
+    def one_sided(call: Call) -> Tensor:
+        with torch.no_grad():
+            first = head.logits(call.again())
+        value, equal = head.divergence(first, head.logits(call.again()), call.kwargs)
         return square_norms(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False))
 
     model.train()
@@ -173,9 +178,7 @@ def agreement_along(
             sample = take_sample(call, output, head, fraction)
             with selector.passes.own(), aside(model):
                 mean = square_norms(
-                    lambda window, sample=sample: sampled_pass(
-                        sample, head, window, parameters, scale=1.0, confirm=False
-                    )
+                    lambda window, sample=sample: sampled_pass(sample, head, window, parameters, scale=1.0)
                 )
             found.pass_seconds[fraction].append(clock() - started)
             for setting in due:
@@ -185,8 +188,8 @@ def agreement_along(
             started = clock()
             candidates = {PUBLISHED: published(call)}
             paired = clock() - started - forward
-            for setting in settings:
-                candidates[str(setting)] = _known(averages[setting])
+            candidates[ONE_SIDED] = one_sided(call)
+            candidates |= {str(setting): _known(average) for setting, average in averages.items()}
             expected = torch.stack([published(Call(model, (), fresh(), {})) for _ in range(draws)])
             _compare(found, candidates, expected, uppers)
         given.scores = _known(averages[DEFAULT]).sqrt()

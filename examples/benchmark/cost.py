@@ -5,7 +5,7 @@
     python -m examples.benchmark.cost --model_name_or_path roberta-base --device cuda --rounds 80
 
 Every round takes one step of each way in turn on the same batch. The cost of a way is its mean time over that of plain
-training: a risk pass comes at every fourth step, and a median would hide it. Memory is measured in a process per way.
+training: a risk pass comes at some steps only, and a median would hide it. Memory is measured in a process per way.
 
 With a task, a model is trained by first order, and at points on the way its masks are compared with the expected ones,
 see agreement.py. Tables, a result file and, with a task, a picture go to the output folder.
@@ -58,7 +58,7 @@ class CostArguments:
         default_factory=lambda: list(WAYS),
         metadata={"help": f"Ways to train, plain among them: {'; '.join(WAYS)}. All are in memory at once."},
     )
-    rounds: int = field(default=40, metadata={"help": "Rounds that count, 4 more go before; 0 measures no times."})
+    rounds: int = field(default=40, metadata={"help": "Rounds that count, some more go before; 0 measures no times."})
     memory: bool = field(default=True, metadata={"help": "Whether to measure the peak memory of each way."})
     task: str | None = field(default=None, metadata={"help": "GLUE task to measure agreement on; None does not."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of its data, as for examples/train.py."})

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from rose_peft.config import RISK_INTERVAL
 from rose_peft.robustness import Estimate
 from rose_peft.robustness.estimate import paired_difference
 
-# Steps that are added up before they are compared: a risk pass comes at every fourth step, and a median would hide it.
-CYCLE = 4
-WARM_UP = 4
+# Steps that are added up before they are compared: a risk pass comes at some of them, and a median would hide it.
+CYCLE = RISK_INTERVAL
+WARM_UP = RISK_INTERVAL
 
 
 def clock() -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from rose_peft import ROSEConfig, attach_rose
+from rose_peft.config import RISK_INTERVAL
 
 _SAMPLED: dict[str, Any] = {"risk_pass": "sampled"}
 _PAIRED: dict[str, Any] = {"risk_pass": "paired"}
@@ -34,8 +35,8 @@ FULL: dict[str, dict[str, Any] | None] = {
 }
 LORA: dict[str, dict[str, Any] | None] = {"LoRA": None, "LoRA + ensemble, sampled": _SAMPLED}
 WAYS = (*FULL, *LORA)
-# What a model of every way has done when its memory is read: both kinds of risk pass come in these steps.
-MEMORY_STEPS = 6
+# What a model of every way has done when its memory is read: a sampled pass has come beside the optimizer's state.
+MEMORY_STEPS = RISK_INTERVAL + 2
 
 
 def build(way: str, name: str) -> nn.Module:

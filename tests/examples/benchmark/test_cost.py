@@ -12,7 +12,7 @@ pytest.importorskip("datasets")
 from transformers import AutoModelForSequenceClassification
 
 from examples.benchmark import cost, ways
-from examples.benchmark.agreement import PUBLISHED, Agreement, Setting, agreement_along, point_steps
+from examples.benchmark.agreement import ONE_SIDED, PUBLISHED, Agreement, Setting, agreement_along, point_steps
 from examples.benchmark.timing import WARM_UP, relative_cost, time_in_turn
 from rose_peft.robustness import load_result
 from rose_peft.robustness.results import find
@@ -27,7 +27,7 @@ def test_every_round_takes_one_step_of_each_way_and_the_first_rounds_do_not_coun
     assert [len(times) for times in seconds.values()] == [3, 3]
 
 
-def test_cost_is_a_ratio_of_means_that_sees_every_fourth_step() -> None:
+def test_cost_is_a_ratio_of_means_that_sees_the_steps_with_a_risk_pass() -> None:
     dear = [2.0, 1.0, 1.0, 1.0] * 4
     found = relative_cost(dear, [1.0] * 16)
     assert found.value == 1.25 and found.n == 16  # a median would say 1
@@ -61,13 +61,13 @@ def test_times_memory_table_and_rows_in_one_command(
     monkeypatch.setattr(ways, "random_batch", lambda *shape: _ids(*shape))
     monkeypatch.setattr(cost, "random_batch", lambda *shape: _ids(*shape))
     monkeypatch.setattr(cost, "peak_memory", lambda way, *rest: {"plain": 2**20, "ensemble, sampled": 2**21}[way])
-    line = ["--model_name_or_path", inputs["model"], "--rounds", "8", "--batch_size", "8", "--max_length", "8"]
+    line = ["--model_name_or_path", inputs["model"], "--rounds", "16", "--batch_size", "8", "--max_length", "8"]
     line += ["--ways", "plain", "ensemble, sampled", "--output_dir", str(tmp_path)]
     assert cost.main(line) == 0
     result = load_result(tmp_path / "cost.result.json")
     assert find(result.rows, "relative_time", "plain").value == 1
     measured = find(result.rows, "relative_time", "ensemble, sampled")
-    assert measured.n == 8 and measured.low < measured.value < measured.high
+    assert measured.n == 16 and measured.low < measured.value < measured.high
     assert find(result.rows, "peak_memory", "ensemble, sampled").value == 2
     assert result.config["batch_size"] == 8 and not any("/" in str(value) for value in result.config.values())
     table = (tmp_path / "cost.md").read_text()
@@ -95,15 +95,16 @@ def test_agreement_in_one_command_from_data_to_picture(inputs: dict[str, str], t
     assert cost.main(line) == 0
     rows = load_result(tmp_path / "cost.result.json").rows
     for upper in cost.UPPERS:
-        for name in (PUBLISHED, *map(str, cost.SETTINGS)):
+        for name in (PUBLISHED, ONE_SIDED, *map(str, cost.SETTINGS)):
             share = find(rows, "mask_agreement", name, upper)
             assert share is not None and share.n == 3 and 0.5 <= share.value <= 1
     # Twice the interval is half the extra time.
-    every_4, every_8 = (find(rows, "relative_time", str(Setting(k, 0.25, 0.5))).value for k in (4, 8))
+    every_4, every_8 = (find(rows, "relative_time", str(Setting(k, 0.25, 0.8))).value for k in (4, 8))
     assert every_4 - 1 == pytest.approx(2 * (every_8 - 1)) and every_8 > 1
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "cost.md").read_text()
-    assert table.count("\n") == 2 + 2 + len(cost.SETTINGS)  # head and rule; published twice and the settings
+    # Head and rule; published, one-sided, published beside the others, and the settings.
+    assert table.count("\n") == 2 + 3 + len(cost.SETTINGS)
 
 
 def _model(path: str) -> torch.nn.Module:
@@ -136,8 +137,10 @@ def test_more_draws_agree_better_and_the_training_is_steered(inputs: dict[str, s
     assert points == [1, 2, 3, 4]
     assert next(numbers) == 100 + 4 * 6  # a fresh batch for each draw
     assert len(found.step_seconds) == 8
-    # Every step of 4 has a pass of a quarter of the rows, and a point has one at any step.
-    assert len(found.pass_seconds[0.25]) >= 2 and len(found.pass_seconds[1.0]) == 4
+    # Every fourth step has a pass of a quarter of the rows, and a point has one at any step.
+    assert len(found.pass_seconds[0.25]) >= 4 and len(found.pass_seconds[0.125]) == 2
+    # The published step costs its risk pass, and the user's backward pass through one more graph.
+    assert len(found.pass_seconds[2]) == 4
     assert any(not torch.equal(before[name], param) for name, param in model.named_parameters())
 
 
