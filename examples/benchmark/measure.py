@@ -73,12 +73,13 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_classifier(model_dir, len(layout.label_names), device=device)
     options: dict[str, Any] = {"batch_size": settings.batch_size, "bf16": settings.bf16, "max_length": max_length}
-    clean = Predictor.for_examples(model, tokenizer, examples, **options).correct(examples)
-    rows = [Row("clean_accuracy", share(clean))]
+    clean = share(Predictor.for_examples(model, tokenizer, examples, **options).correct(examples))
+    rows = [Row("clean_accuracy", clean)]
+    once = {"clean_accuracy": clean, **options}
     unavailable: dict[str, str] = {}
     if layout.adv_config is not None:
         try:
-            found = evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, clean=examples, **options)
+            found = evaluate_adv_glue(model, tokenizer, task, data_dir=data_dir, **once)
             rows += found.rows()[1:]
         except DataError as error:
             if data_dir is None:
@@ -90,7 +91,7 @@ def measure(
         kinds = settings.noise_kinds or None
         try:
             noise = evaluate_noise(
-                model, tokenizer, examples, kinds=kinds, rates=settings.noise_rates, seed=settings.seed, **options
+                model, tokenizer, examples, kinds=kinds, rates=settings.noise_rates, seed=settings.seed, **once
             )
             rows += noise.rows()[1:]
             unavailable |= {f"noise {kind}": lack for kind, lack in noise.unavailable.items()}

@@ -49,6 +49,7 @@ def evaluate_adv_glue(
     data_dir: PathLike | None = None,
     clean: Examples | None = None,
     adversarial: Examples | None = None,
+    clean_accuracy: Estimate | None = None,
     **options: Any,
 ) -> AdvGlueResult:
     """Measure a classifier on AdvGLUE (Wang et al. 2021, https://arxiv.org/abs/2111.02840) and on the clean data.
@@ -60,6 +61,7 @@ def evaluate_adv_glue(
         data_dir: Folder of local files (see `load_glue`, `load_adv_glue`); None for the hub.
         clean: Clean examples to use instead of GLUE's evaluation split.
         adversarial: Adversarial examples to use instead of AdvGLUE's development set.
+        clean_accuracy: Accuracy on the clean data, where it is known; None measures it.
         options: Passed to `Predictor`: batch_size, max_length, bf16.
 
     Raises:
@@ -68,14 +70,16 @@ def evaluate_adv_glue(
         LabelMismatchError: If the model's classes are not the task's labels.
     """
     attacked = load_adv_glue(task, data_dir) if adversarial is None else adversarial
-    plain = load_glue(task, data_dir) if clean is None else clean
+    if clean_accuracy is None:
+        plain = load_glue(task, data_dir) if clean is None else clean
+        clean_accuracy = share(Predictor.for_examples(model, tokenizer, plain, **options).correct(plain))
     right = Predictor.for_examples(model, tokenizer, attacked, **options).correct(attacked)
     by_source: dict[str, list[bool]] = {}
     for source, outcome in zip(attacked.sources or (), right, strict=False):
         by_source.setdefault(source, []).append(outcome)
     return AdvGlueResult(
         task=task,
-        clean=share(Predictor.for_examples(model, tokenizer, plain, **options).correct(plain)),
+        clean=clean_accuracy,
         adversarial=share(right),
         by_source={source: share(outcomes) for source, outcomes in sorted(by_source.items())},
     )

@@ -332,27 +332,39 @@ def hessian_trace(
     _need_batches(batches)
     weights = weights_in_use(model, batches, loss, scope)
     generator = torch.Generator().manual_seed(seed)
-    values = []
-    with evaluating(model), gradients_for(model, scope), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for _ in tqdm(range(probes), desc="Hessian trace", disable=not progress):
-            probe = [(torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight) for weight in weights]
-            total, count = 0.0, 0
-            for batch in batches:
-                losses = loss(model, batch)
-                gradient = torch.autograd.grad(losses.sum(), weights, create_graph=True, allow_unused=True)
-                pairs = [(part, v) for part, v in zip(gradient, probe, strict=True) if part is not None]
-                slope = torch.stack([(part * v).sum().double() for part, v in pairs]).sum()
-                if slope.requires_grad:  # a loss that is linear in the weights has no second derivative
-                    curved = torch.autograd.grad(slope, weights, allow_unused=True)
-                    total += sum(
-                        float((part.double() * v.double()).sum())
-                        for part, v in zip(curved, probe, strict=True)
-                        if part is not None
-                    )
-                count += losses.numel()
-            values.append(total / count)
+    sums, count = [0.0] * probes, 0
+    bar = tqdm(total=probes * len(batches), desc="Hessian trace", disable=not progress)
+    with evaluating(model), gradients_for(model, scope), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), bar:
+        for batch in batches:
+            losses = loss(model, batch)
+            gradient = torch.autograd.grad(losses.sum(), weights, create_graph=True, allow_unused=True)
+            count += losses.numel()
+            generator.manual_seed(seed)  # each batch meets the same probes, which are drawn anew to save their memory
+            for number in range(probes):
+                probe = [
+                    (torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1).to(weight) for weight in weights
+                ]
+                # The gradient's graph serves all probes; making it is the larger part of the work for one.
+                sums[number] += _curvature(gradient, weights, probe, keep_graph=number < probes - 1)
+                bar.update()
+    values = [total / count for total in sums]
     # A loss that is no number has no curvature to speak of.
     return mean(values) if all(map(math.isfinite, values)) else Estimate(None, len(values))
+
+
+def _curvature(
+    gradient: Sequence[Tensor | None], weights: Sequence[Tensor], probe: Sequence[Tensor], keep_graph: bool
+) -> float:
+    """Second derivative along a probe, v'Hv, from a gradient that has a graph."""
+    slope = torch.stack(
+        [(part * v).sum().double() for part, v in zip(gradient, probe, strict=True) if part is not None]
+    ).sum()
+    if not slope.requires_grad:  # a loss that is linear in the weights has no second derivative
+        return 0.0
+    curved = torch.autograd.grad(slope, weights, allow_unused=True, retain_graph=keep_graph)
+    return sum(
+        float((part.double() * v.double()).sum()) for part, v in zip(curved, probe, strict=True) if part is not None
+    )
 
 
 def _need_batches(batches: Sequence[Any]) -> None:

@@ -266,6 +266,7 @@ def evaluate_noise(
     kinds: Sequence[str] | None = None,
     rates: Sequence[float] = DEFAULT_RATES,
     seed: int = 0,
+    clean_accuracy: Estimate | None = None,
     progress: bool = True,
     **options: Any,
 ) -> NoiseResult:
@@ -281,6 +282,7 @@ def evaluate_noise(
         kinds: Some of `KINDS`; None for all. One whose word lists are missing is reported and the others run.
         rates: Shares of words to hit, each above 0 and at most 1.
         seed: Seed of the noise.
+        clean_accuracy: Accuracy without noise, where it is known; None measures it.
         progress: Show a progress bar.
         options: Passed to `Predictor`: batch_size, max_length, bf16.
 
@@ -302,14 +304,17 @@ def evaluate_noise(
             "no kind of noise can run: " + "; ".join(unavailable.values() or ["none was named."])
         )
     predictor = Predictor.for_examples(model, tokenizer, examples, **options)
-    clean = share(predictor.correct(examples))
+    clean = share(predictor.correct(examples)) if clean_accuracy is None else clean_accuracy
+    known: dict[Text, int] = {}  # many texts stay as they are at low rates, or meet the same edits at several
     noisy: dict[str, dict[float, Estimate]] = {kind: {} for kind in runnable}
     words_changed: dict[str, dict[float, float]] = {kind: {} for kind in runnable}
     settings = [(kind, rate) for kind in runnable for rate in rates]
     for kind, rate in tqdm(settings, desc="noise", disable=not progress):
         rows = _noisy_rows(examples.texts, examples.indices, kind, rate, seed)
-        guesses = predictor.classes([tuple(part.text for part in row) for row in rows])
-        noisy[kind][rate] = share([a == b for a, b in zip(guesses, examples.labels, strict=True)])
+        texts = [tuple(part.text for part in row) for row in rows]
+        new = [text for text in dict.fromkeys(texts) if text not in known]
+        known |= zip(new, predictor.classes(new) if new else [], strict=True)
+        noisy[kind][rate] = share([known[text] == label for text, label in zip(texts, examples.labels, strict=True)])
         words = sum(part.words for row in rows for part in row)
         words_changed[kind][rate] = sum(part.changed for row in rows for part in row) / max(1, words)
     return NoiseResult(clean, noisy, words_changed, unavailable)

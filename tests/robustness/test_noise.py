@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from rose_peft.robustness import noise
 from rose_peft.robustness.attacks import resources
 from rose_peft.robustness.data import Examples
 from rose_peft.robustness.errors import LabelMismatchError, MissingResourceError, RobustnessError
+from rose_peft.robustness.estimate import Estimate
 from rose_peft.robustness.homoglyphs import HOMOGLYPHS
 from rose_peft.robustness.noise import KINDS, add_noise, evaluate_noise
 from rose_peft.robustness.plotting import plot_noise
@@ -171,6 +173,26 @@ def test_all_models_read_the_same_noise(tokenizer) -> None:
         seen.append([])
         evaluate_noise(Recorder(tokenizer), tokenizer, data, kinds=["typos"], rates=[0.5], progress=False)
     assert seen[0] == seen[1]
+
+
+def test_no_text_is_predicted_twice_and_none_is_left_out(
+    tokenizer, keyword_model: KeywordModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts that noise leaves as they are count with what the model said of them before."""
+    seen: list[tuple[str, ...]] = []
+    predict = noise.Predictor.classes
+    monkeypatch.setattr(noise.Predictor, "classes", lambda self, texts: seen.extend(texts) or predict(self, texts))
+    data = examples(("a very good film , 9", 1), ("9", 0), ("9", 1), ("the plot of a dull story", 0))
+    options: Any = {"kinds": ["typos", "casing"], "rates": [0.1, 0.3], "progress": False}
+    known = Estimate(0.5, 4)
+    result = evaluate_noise(keyword_model, tokenizer, data, clean_accuracy=known, **options)
+    assert result.clean is known and len(seen) == len(set(seen)) < 2 * 2 * 4
+    for kind, by_rate in result.noisy.items():
+        for rate, accuracy in by_rate.items():
+            texts = [(add_noise(text, kind, rate, 0, row),) for row, (text,) in enumerate(data.texts)]
+            assert set(texts) <= set(seen)
+            guesses = predict(noise.Predictor(keyword_model, tokenizer), texts)
+            assert accuracy.value == sum(map(int.__eq__, guesses, data.labels)) / 4
 
 
 def test_pairs_get_noise_on_both_sides(tokenizer) -> None:
