@@ -14,6 +14,7 @@ from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from rose_peft import ROSEConfig
+from rose_peft.robustness.loading import folder_lack
 
 from .presets import PRESETS, with_preset
 
@@ -236,6 +237,12 @@ class TrainArguments:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise InputError(f"{name}={value} must be {words}.")
+        lack = folder_lack(self.model_name_or_path) if self.model_name_or_path is not None else None
+        if lack is not None:
+            raise InputError(
+                f"model_name_or_path={self.model_name_or_path!r}: {lack}; pass the folder of a model with its config "
+                "and tokenizer, or a name that the hub has."
+            )
         self.rose_config()
         if (self.train_file is None) != (self.validation_file is None):
             raise InputError("train_file and validation_file go together; pass both.")

@@ -328,6 +328,24 @@ def test_bad_input_ends_in_one_line(
     assert not (output / "model").exists() and not (output / "run.json").exists()
 
 
+@pytest.mark.parametrize(("held", "message"), [((), "holds nothing"), (("weights.bin",), "holds no config.json")])
+def test_a_folder_without_a_model_is_named_before_the_data_are_read(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    held: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "model").mkdir()
+    for name in held:
+        (tmp_path / "model" / name).touch()
+    monkeypatch.setattr(train, "load_text", None)
+    assert train.main(options(inputs, tmp_path / "run", "--model_name_or_path", str(tmp_path / "model"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: model_name_or_path={str(tmp_path / 'model')!r}: the folder {message}")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -379,6 +397,11 @@ GOOD_ROWS = "text,more,stars\ngood,very,1\nbad,not,0\nfine,,1\n"
             "label_column='stars' holds 9 but never 0",
         ),
         ('text,stars\n"good,1\n', ("--text_column", "text"), "cannot be read as csv"),
+        (
+            GOOD_ROWS + "middling,so,2\n",
+            ("--text_column", "text", "--label_column", "stars"),
+            "label_column='stars': the validation data has no example of '2', which the training data has",
+        ),
     ],
 )
 def test_bad_files_are_named(
