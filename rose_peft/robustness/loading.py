@@ -90,8 +90,11 @@ def model_name(name_or_path: str | os.PathLike[str]) -> str:
 def folder_lack(name_or_path: str | os.PathLike[str]) -> str | None:
     """Say what keeps a folder from being a model's; None if nothing does, or if it is no folder but a hub name."""
     folder = Path(name_or_path)
-    if not folder.is_dir() or _is_model(folder):
+    if _is_model(folder):
         return None
+    if not folder.is_dir():
+        # Names on the hub are NAME or OWNER/NAME.
+        return "there is no such folder" if folder.is_absolute() or len(folder.parts) > 2 else None
     held = "nothing" if not any(folder.iterdir()) else f"no {' or '.join(_MODEL_FILES)}"
     return f"the folder holds {held}"
 

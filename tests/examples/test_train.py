@@ -284,7 +284,7 @@ BAD = [
     (("--train_file", "data.xml", "--validation_file", "data.xml"), "files end in"),
     (("--text_column", "body"), "text_column='body' is not a column"),
     (("--label_column", "stars"), "label_column='stars' is not a column"),
-    (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
+    (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model': there is no such folder; pass"),
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
     (("--preset", "ensemble/sst2/bert"), "preset='ensemble/sst2/bert' is unknown; choose one of first_order/qnli/"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
@@ -295,6 +295,7 @@ BAD = [
     (("--r_drop_alpha", "2"), "r_drop_alpha=2.0 has no effect without --objective r_drop"),
     (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect without --strategy ensemble"),
     (("--strategy", "none", "--upper_quantile", "0.5"), "upper_quantile=0.5 has no effect without a strategy of ROSE"),
+    (("--strategy", "none", "--risk_pass", "sampled"), "risk_pass='sampled' has no effect without a strategy of ROSE"),
     (("--strategy", "none", "--dropout", "0.2"), "dropout=0.2 has no effect without a strategy of ROSE"),
     (("--robust_files", "x.csv"), "robust_files='x.csv': write name=path"),
     (("--robust_files", "AdvGLUE=x.csv"), "robust_files='AdvGLUE' is taken"),
@@ -480,7 +481,7 @@ def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--epoch", "3"), "'--epoch' is no option, did you mean --epochs?"),
+        (("--epoch", "3"), "'--epoch' is no option (did you mean --epochs?); --help"),
         (("--lr", "0.1"), "'--lr' is no option"),
         (("--epochs", "three"), "argument --epochs: invalid int value"),
         (("--strategy", "third_order"), "argument --strategy: invalid choice: 'third_order' (choose from"),
