@@ -1,9 +1,10 @@
-# Every target makes the environment it needs; PYTHON is the interpreter it is made from.
+# Every target makes the environment it needs; PYTHON is the interpreter it is made from, and each has its own.
 PYTHON ?= python3
-VENV4 := .venv
-VENV5 := .venv-transformers5
-VENV_DOCS := .venv-docs
-VENV_PACKAGE := .venv-package
+OF_PYTHON := $(addprefix -,$(filter-out python3,$(notdir $(PYTHON))))
+VENV4 := .venv$(OF_PYTHON)
+VENV5 := .venv-transformers5$(OF_PYTHON)
+VENV_DOCS := .venv-docs$(OF_PYTHON)
+VENV_PACKAGE := .venv-package$(OF_PYTHON)
 
 .PHONY: demo test test-transformers5 test-distributed test-slow quality docs package clean
 
@@ -73,4 +74,4 @@ $(VENV_PACKAGE)/.installed: .ci/constraints-docs.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV4) $(VENV5) $(VENV_DOCS) $(VENV_PACKAGE) build runs
+	rm -rf .venv .venv-* build runs

@@ -23,13 +23,14 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a script, it sees only its own folder
 
-from examples.training.arguments import InputError, Parser
-from examples.training.checkpoint import check_writable, is_full_disk
+from examples.training.arguments import InputError, TrainParser
+from examples.training.checkpoint import check_writable
 from examples.training.data import load_text
 from examples.training.demo import demo
 from examples.training.run import train
 from rose_peft import RoseError
 from rose_peft.robustness import RobustnessError
+from rose_peft.robustness.errors import is_full_disk
 
 
 def table(result: dict[str, Any]) -> str:
@@ -63,7 +64,7 @@ def fail(state: PartialState, message: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, or 2 after one line that says what to change."""
-    parser = Parser()
+    parser = TrainParser()
     args = parser.parse(argv)
     logging.set_verbosity_error()
     disable_progress_bars()

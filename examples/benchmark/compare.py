@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import DataCollatorWithPadding, HfArgumentParser
+from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
 from examples.training.arguments import InputError, reason
@@ -42,6 +42,7 @@ from rose_peft.robustness import (
     load_result,
     write_report,
 )
+from rose_peft.robustness.command_line.parser import Parser
 from rose_peft.robustness.results import SUFFIX, write_json
 
 from .grid import Candidate, Grid, read_grid
@@ -253,7 +254,7 @@ def _read_list(file: Path) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, 1 if something of the grid failed, 2 if nothing could be done."""
-    (args,) = HfArgumentParser(CompareArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    (args,) = Parser(CompareArguments, description=__doc__).read(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
     disable_progress_bars()

@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from examples.training.arguments import InputError, TrainArguments
@@ -23,6 +22,7 @@ from examples.training.model import embedded_encoder
 from examples.training.run import train_once
 from rose_peft import RoseError
 from rose_peft.robustness.command_line import landscape
+from rose_peft.robustness.command_line.parser import Parser
 
 
 @dataclasses.dataclass
@@ -41,8 +41,7 @@ class FigureArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, and return the exit code: 0, or 2 after one line that says what to change."""
-    parser = HfArgumentParser((TrainArguments, FigureArguments), description=__doc__)
-    args, figure = parser.parse_args_into_dataclasses(argv)
+    args, figure = Parser((TrainArguments, FigureArguments), description=__doc__).read(argv)
     logging.set_verbosity_error()
     disable_progress_bars()
     folder = Path(args.output_dir)

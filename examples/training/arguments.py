@@ -7,13 +7,13 @@ import math
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any
 
 from peft import PeftConfig
-from transformers import HfArgumentParser
 
 from rose_peft import ROSEConfig
+from rose_peft.robustness.command_line.parser import Parser
+from rose_peft.robustness.loading import folder_lack
 
 from .presets import PRESETS, with_preset
 
@@ -54,7 +54,7 @@ HAS_EFFECT = {
     "r_drop_alpha": (lambda args: args.objective == "r_drop", "--objective r_drop"),
     "gamma": (lambda args: args.strategy == "ensemble", "--strategy ensemble"),
     **dict.fromkeys(
-        ("upper_quantile", "lower_quantile", "rose_warmup_steps", "dropout"),
+        ("upper_quantile", "lower_quantile", "rose_warmup_steps", "risk_pass", "dropout"),
         (lambda args: args.strategy != "none", "a strategy of ROSE"),
     ),
     **dict.fromkeys(
@@ -146,7 +146,10 @@ class TrainArguments:
     rose_warmup_steps: int = field(default=0, metadata={"help": "Steps before masks act."})
     risk_pass: str = field(
         default="paired",
-        metadata={"help": "How first order and the ensemble measure risk: paired (as published) or sampled (cheap)."},
+        metadata={
+            "choices": ("paired", "sampled"),
+            "help": "How first order and the ensemble measure risk: paired (as published) or sampled (cheap).",
+        },
     )
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the training passes, see ROSEConfig."})
 
@@ -236,6 +239,12 @@ class TrainArguments:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise InputError(f"{name}={value} must be {words}.")
+        lack = folder_lack(self.model_name_or_path) if self.model_name_or_path is not None else None
+        if lack is not None:
+            raise InputError(
+                f"model_name_or_path={self.model_name_or_path!r}: {lack}; pass the folder of a model with its config "
+                "and tokenizer, or a name that the hub has."
+            )
         self.rose_config()
         if (self.train_file is None) != (self.validation_file is None):
             raise InputError("train_file and validation_file go together; pass both.")
@@ -297,26 +306,16 @@ class TrainArguments:
         )
 
 
-class Parser(HfArgumentParser):
-    """Parser whose complaints are one line, and which takes no abbreviations (`--lr` is not `--lr_scheduler`).
-
-    After `parse`, `explicit` holds what the user gave, by the name of the option.
-    """
+class TrainParser(Parser):
+    """Parser of train.py. After `parse`, `explicit` holds what the user gave, by the name of the option."""
 
     def __init__(self) -> None:
-        super().__init__(TrainArguments, description=TrainArguments.__doc__, allow_abbrev=False)
+        super().__init__(TrainArguments, description=TrainArguments.__doc__)
         self.explicit: dict[str, Any] = {}
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with exit code 2 after one line."""
-        self.exit(2, f"error: {message}; --help lists all options.\n")
 
     def parse(self, argv: list[str] | None = None) -> TrainArguments:
         """Read options from `argv`, or from the command line."""
-        args, unknown = self.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if unknown:
-            near = get_close_matches(unknown[0], self._option_string_actions, n=1)
-            self.error(f"{unknown[0]!r} is no option" + (f", did you mean {near[0]}?" if near else ""))
+        (args,) = self.read(argv)
         unset = object()
         # What is in the namespace already keeps argparse from filling in defaults.
         blank = Namespace(**{option.name: unset for option in fields(TrainArguments)})

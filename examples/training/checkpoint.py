@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -187,11 +186,6 @@ def check_writable(folder: Path) -> None:
     else:
         reason = f"{above} is a file"
     raise InputError(f"output_dir={str(folder)!r} cannot be written ({reason}); pass another folder.")
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Tell whether an error, of whatever library, says that the disk is full."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:

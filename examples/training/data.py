@@ -54,9 +54,15 @@ def load_text(args: TrainArguments) -> TextData:
                 f"label_column={args.label_column!r}: the labels of the {name} data are {', '.join(feature.names)}, "
                 f"those of the training data {', '.join(names)}; pass files of the same labels."
             )
-    if args.max_train_samples is not None and args.max_train_samples < len(splits["training"]):
-        splits["training"] = splits["training"].shuffle(seed=0).select(range(args.max_train_samples))
     checked = {name: _checked(name, split, columns, args.label_column, names) for name, split in splits.items()}
+    unseen = set(checked["training"]["label"]) - set(checked["validation"]["label"])
+    if unseen:  # robust sets may be of one class; by this split epochs and methods are chosen
+        raise InputError(
+            f"label_column={args.label_column!r}: the validation data has no example of {names[min(unseen)]!r}, which "
+            "the training data has; pass files of the same labels."
+        )
+    if args.max_train_samples is not None and args.max_train_samples < len(checked["training"]):
+        checked["training"] = checked["training"].shuffle(seed=0).select(range(args.max_train_samples))
     return TextData(
         train=checked["training"],
         validation=checked["validation"],

@@ -64,6 +64,7 @@ TASKS: dict[str, Task] = {
         Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment"), "wnli"),
     )
 }
+"""The GLUE tasks that the kit knows, by name."""
 
 
 def get_task(name: str) -> Task:

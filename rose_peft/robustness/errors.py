@@ -1,5 +1,7 @@
 """Every error the evaluation kit raises on purpose: one line that names the field, its value, and the way out."""
 
+import errno
+
 
 class RobustnessError(ValueError):
     """Base of all errors of the kit, for users who want to catch any of them."""
@@ -49,3 +51,8 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's kind and the first line of its message."""
     return f"{type(error).__name__}: {first_line(error)}"
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether an error, of whatever library, says that the disk is full."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

@@ -88,6 +88,20 @@ class Surface:
         return self.losses[middle][middle] if self.dimensions == 2 else self.losses[middle]
 
 
+def check_grid(dimensions: int, radius: float, points: int) -> None:
+    """Check what `loss_surface` is to measure.
+
+    Raises:
+        RobustnessError: Naming the argument that is out of range.
+    """
+    if dimensions not in (1, 2):
+        raise RobustnessError(f"dimensions={dimensions}: must be 1 or 2.")
+    if points < 3 or points % 2 == 0:
+        raise RobustnessError(f"points={points}: must be odd and at least 3, to have the weights in the middle.")
+    if not radius > 0:
+        raise RobustnessError(f"radius={radius}: must be positive; 1 moves every filter by its own length.")
+
+
 def loss_surface(
     model: nn.Module,
     batches: Sequence[Any],
@@ -121,12 +135,7 @@ def loss_surface(
     """
     from tqdm.auto import tqdm
 
-    if dimensions not in (1, 2):
-        raise RobustnessError(f"dimensions={dimensions}: must be 1 or 2.")
-    if points < 3 or points % 2 == 0:
-        raise RobustnessError(f"points={points}: must be odd and at least 3, to have the weights in the middle.")
-    if not radius > 0:
-        raise RobustnessError(f"radius={radius}: must be positive; 1 moves every filter by its own length.")
+    check_grid(dimensions, radius, points)
     _need_batches(batches)
     weights = weights_in_use(model, batches, loss, scope)
     originals = [weight.detach().clone() for weight in weights]
@@ -176,6 +185,18 @@ class Sharpness:
         return self.worst_loss - self.loss
 
 
+def check_ball(epsilon: float, ascent_steps: int) -> None:
+    """Check where `worst_loss` is to search.
+
+    Raises:
+        RobustnessError: Naming the argument that is out of range.
+    """
+    if not epsilon > 0:
+        raise RobustnessError(f"epsilon={epsilon}: must be positive; it is a share of each tensor's norm.")
+    if ascent_steps < 1:
+        raise RobustnessError(f"ascent_steps={ascent_steps}: must be at least 1.")
+
+
 def worst_loss(
     model: nn.Module,
     batches: Sequence[Any],
@@ -204,10 +225,7 @@ def worst_loss(
     Raises:
         RobustnessError: If an argument is out of range.
     """
-    if not epsilon > 0:
-        raise RobustnessError(f"epsilon={epsilon}: must be positive; it is a share of each tensor's norm.")
-    if ascent_steps < 1:
-        raise RobustnessError(f"ascent_steps={ascent_steps}: must be at least 1.")
+    check_ball(epsilon, ascent_steps)
     _need_batches(batches)
     weights = weights_in_use(model, batches, loss, scope)
     originals = [weight.detach().clone() for weight in weights]

@@ -15,6 +15,7 @@ from .errors import LabelMismatchError, ModelError, RobustnessError, first_line
 from .seeding import generators_kept
 
 logger = logging.getLogger(__name__)
+_MODEL_FILES = ("config.json", "adapter_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,7 +53,12 @@ def load_classifier(
     if dtype not in PRECISIONS:
         raise ModelError(f"dtype={dtype!r}: must be one of {', '.join(PRECISIONS)}.")
     name = model_folder(name_or_path)
-    _check_folder(name)
+    lack = folder_lack(name)
+    if lack is not None:
+        raise ModelError(
+            f"model={name!r} cannot be loaded as a sequence classifier: {lack}; pass a model's or an adapter's "
+            "folder, or a run of examples/train.py that has ended."
+        )
     _check_device(device)
     try:
         with generators_kept():
@@ -81,8 +87,20 @@ def model_name(name_or_path: str | os.PathLike[str]) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
 
 
+def folder_lack(name_or_path: str | os.PathLike[str]) -> str | None:
+    """Say what keeps a folder from being a model's; None if nothing does, or if it is no folder but a hub name."""
+    folder = Path(name_or_path)
+    if _is_model(folder):
+        return None
+    if not folder.is_dir():
+        # Names on the hub are NAME or OWNER/NAME.
+        return "there is no such folder" if folder.is_absolute() or len(folder.parts) > 2 else None
+    held = "nothing" if not any(folder.iterdir()) else f"no {' or '.join(_MODEL_FILES)}"
+    return f"the folder holds {held}"
+
+
 def _is_model(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return any((path / name).is_file() for name in _MODEL_FILES)
 
 
 def _is_adapter(name: str) -> bool:
@@ -117,16 +135,6 @@ def _load_adapter(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
             f"num_labels={num_labels}: the head of the adapter {name!r} has {found[1]} classes; evaluate a model "
             "trained on this task."
         ) from error
-
-
-def _check_folder(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not _is_model(folder):
-        held = "nothing" if not any(folder.iterdir()) else "no config.json or adapter_config.json"
-        raise ModelError(
-            f"model={name!r} cannot be loaded as a sequence classifier: the folder holds {held}; pass a model's or an "
-            "adapter's folder, or a run of examples/train.py that has ended."
-        )
 
 
 def _check_device(device: str) -> None:

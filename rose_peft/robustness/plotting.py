@@ -34,7 +34,8 @@ class Cloud:
 _COLORS = (
     "#000000", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e6b800", "#56b4e9", "#8c564b", "#999999", "#5e3c99"
 )  # fmt: skip
-_MARKERS = "osD^vP*X<>"
+# A filled plus comes late: with its white edge it looks like the cross of its intervals.
+_MARKERS = "osD^v<>P*X"
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -114,7 +115,7 @@ def plot_curves(
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     kinds = list(dict.fromkeys(kind for by_kind in curves.values() for kind in by_kind))
     if not kinds:
@@ -138,10 +139,9 @@ def plot_curves(
             banded = banded or low != high
         axes.set_title(kind, fontsize=10)
         axes.grid(alpha=0.3)
-        # Steps of 2.5 would be rounded to labels that are wrong.
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PercentFormatter(1))
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(_percent_tick)
         axes.xaxis.set_tick_params(labelbottom=True)
         axes.set_xlabel("share of words hit", fontsize=9)
         if position % columns == 0:
@@ -212,6 +212,11 @@ def _sample(surfaces: Iterable[Surface]) -> str:
     sizes = list(dict.fromkeys("unknown" if surface.n is None else str(surface.n) for surface in known))
     seeds = list(dict.fromkeys(str(surface.seed) for surface in known))
     return f"n = {', '.join(sizes)} examples; seed of the directions {', '.join(seeds)}"
+
+
+def _percent_tick(fraction: float, _: int) -> str:
+    """Label a tick with as many digits as it needs: 10 %, 2.5 %."""
+    return f"{round(100 * fraction, 6):g} %"
 
 
 def _plain_numbers(axis: Any, most: int) -> None:

@@ -32,6 +32,7 @@ from .errors import ResultFileError, first_line
 from .estimate import Estimate
 
 SCHEMA_VERSION = 2
+"""Version of the layout of result files; those of another one are refused."""
 SUFFIX = ".result.json"
 
 _PACKAGES = ("rose-peft", "torch", "transformers", "peft", "datasets", "textattack", "nltk", "numpy", "scipy")
@@ -78,6 +79,7 @@ MEASURES: dict[str, Measure] = {
     "mask_agreement": Measure("{part}, agreement with the expected mask", place=""),
     "mask_agreement_difference": Measure("{part}, agreement less that of a published draw", place=""),
 }
+"""What a row of a result may measure, by name: the column of its table and how it is written."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tests.helpers.task import options
 
 pytest.importorskip("datasets")
 from examples import train
-from examples.training.arguments import Parser, TrainArguments
+from examples.training.arguments import TrainArguments, TrainParser
 from examples.training.presets import PRESETS, with_preset
 
 # Three cells of the authors' table, one of each strategy: learning rate and upper quantile.
@@ -57,7 +57,7 @@ def test_they_are_the_table_of_the_documentation() -> None:
 def test_options_given_go_first_even_where_they_are_the_default() -> None:
     plain = TrainArguments()
     given = ["--task", "sst2", "--preset", "first_order/rte/roberta-base", "--epochs", str(plain.epochs)]
-    args = Parser().parse([*given, "--upper_quantile", "0.5"])
+    args = TrainParser().parse([*given, "--upper_quantile", "0.5"])
     assert (args.epochs, args.upper_quantile, args.learning_rate) == (plain.epochs, 0.5, 4e-5)
     assert PRESETS[str(args.preset)]["epochs"] != plain.epochs
 

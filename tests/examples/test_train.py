@@ -284,7 +284,7 @@ BAD = [
     (("--train_file", "data.xml", "--validation_file", "data.xml"), "files end in"),
     (("--text_column", "body"), "text_column='body' is not a column"),
     (("--label_column", "stars"), "label_column='stars' is not a column"),
-    (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model' cannot be loaded"),
+    (("--model_name_or_path", "/no/such/model"), "model_name_or_path='/no/such/model': there is no such folder; pass"),
     (("--adapter", "no.json"), "adapter='no.json' is neither"),
     (("--preset", "ensemble/sst2/bert"), "preset='ensemble/sst2/bert' is unknown; choose one of first_order/qnli/"),
     (("--epochs", "0"), "epochs=0 must be at least 1"),
@@ -295,6 +295,7 @@ BAD = [
     (("--r_drop_alpha", "2"), "r_drop_alpha=2.0 has no effect without --objective r_drop"),
     (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect without --strategy ensemble"),
     (("--strategy", "none", "--upper_quantile", "0.5"), "upper_quantile=0.5 has no effect without a strategy of ROSE"),
+    (("--strategy", "none", "--risk_pass", "sampled"), "risk_pass='sampled' has no effect without a strategy of ROSE"),
     (("--strategy", "none", "--dropout", "0.2"), "dropout=0.2 has no effect without a strategy of ROSE"),
     (("--robust_files", "x.csv"), "robust_files='x.csv': write name=path"),
     (("--robust_files", "AdvGLUE=x.csv"), "robust_files='AdvGLUE' is taken"),
@@ -326,6 +327,24 @@ def test_bad_input_ends_in_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0]
     assert not (output / "model").exists() and not (output / "run.json").exists()
+
+
+@pytest.mark.parametrize(("held", "message"), [((), "holds nothing"), (("weights.bin",), "holds no config.json")])
+def test_a_folder_without_a_model_is_named_before_the_data_are_read(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    held: tuple[str, ...],
+    message: str,
+) -> None:
+    (tmp_path / "model").mkdir()
+    for name in held:
+        (tmp_path / "model" / name).touch()
+    monkeypatch.setattr(train, "load_text", None)
+    assert train.main(options(inputs, tmp_path / "run", "--model_name_or_path", str(tmp_path / "model"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: model_name_or_path={str(tmp_path / 'model')!r}: the folder {message}")
 
 
 @pytest.mark.parametrize(
@@ -379,6 +398,11 @@ GOOD_ROWS = "text,more,stars\ngood,very,1\nbad,not,0\nfine,,1\n"
             "label_column='stars' holds 9 but never 0",
         ),
         ('text,stars\n"good,1\n', ("--text_column", "text"), "cannot be read as csv"),
+        (
+            GOOD_ROWS + "middling,so,2\n",
+            ("--text_column", "text", "--label_column", "stars"),
+            "label_column='stars': the validation data has no example of '2', which the training data has",
+        ),
     ],
 )
 def test_bad_files_are_named(
@@ -457,7 +481,7 @@ def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--epoch", "3"), "'--epoch' is no option, did you mean --epochs?"),
+        (("--epoch", "3"), "'--epoch' is no option (did you mean --epochs?); --help"),
         (("--lr", "0.1"), "'--lr' is no option"),
         (("--epochs", "three"), "argument --epochs: invalid int value"),
         (("--strategy", "third_order"), "argument --strategy: invalid choice: 'third_order' (choose from"),

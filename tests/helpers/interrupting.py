@@ -24,7 +24,7 @@ def _name(frame: FrameType) -> str | None:
     """Of a function of the library; generators are left out, for they are also entered to be thrown away."""
     code = frame.f_code
     ours = code.co_filename.startswith(_HOME) and not code.co_flags & inspect.CO_GENERATOR
-    return f"{Path(code.co_filename).stem}.{code.co_qualname}" if ours else None
+    return f"{Path(code.co_filename).stem}.{getattr(code, 'co_qualname', code.co_name)}" if ours else None
 
 
 @contextmanager

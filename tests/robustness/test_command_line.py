@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rose_peft.robustness.command_line import COMMANDS, main
+from rose_peft.robustness.command_line.arguments import RunArguments
 from rose_peft.robustness.results import load_result
 from tests.helpers.victims import REPOSITORY, need_textattack, nltk_folder, tiny_bert
 
@@ -112,11 +113,53 @@ def test_a_folder_without_a_model_is_one_line(sst2: Path, tmp_path: Path, capsys
     assert f"model='{tmp_path}' cannot be loaded as a sequence classifier" in error
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "report"])
+def test_an_unknown_option_is_one_line(name: str, capsys) -> None:
+    needed = ["--models" if name == "landscape" else "--model", "x", "--output_dir", "x"]
+    with pytest.raises(SystemExit) as stopped:
+        main([name, *needed, "--batchsize", "3"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: '--batchsize' is no option (did you mean --batch_size?); --help lists all options.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--dimensions", "3"), "dimensions=3: must be 1 or 2"),
+        (("--points", "4"), "points=4: must be odd"),
+        (("--radius", "0"), "radius=0.0: must be positive"),
+        (("--epsilon", "0"), "epsilon=0.0: must be positive"),
+        (("--ascent_steps", "0"), "ascent_steps=0: must be at least 1"),
+        (("--probes", "-1"), "probes=-1: must be at least 0"),
+    ],
+)
+def test_what_a_landscape_cannot_measure_is_said_before_the_data_are_read(
+    more: tuple[str, ...], message: str, tmp_path: Path, capsys
+) -> None:
+    command = ["--models", "x", "--task", "sst2", "--data_dir", "absent", "--output_dir", str(tmp_path / "out")]
+    assert main(["landscape", *command, *more]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunArguments, "check", full)
+    for name in ("noise", "attack", "consistency"):
+        assert main([name, "--model", "x", "--output_dir", "x"]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("error: the disk is full") and line.count("\n") == 1
+
+
 def test_one_model_that_is_missing_costs_the_others_nothing(model: Path, sst2: Path, tmp_path: Path, capsys) -> None:
     command = ["--models", f"gone={tmp_path / 'gone'}", f"good={model}", "--output_dir", str(tmp_path / "out")]
     command += ["--task", "sst2", "--data_dir", str(sst2), "--points", "3", "--probes", "0", "--ascent_steps", "1"]
     assert main(["landscape", *command, "--dimensions", "1"]) == 2
-    assert f"error: gone: model='{tmp_path / 'gone'}' cannot be loaded" in capsys.readouterr().err
+    lack = f"model='{tmp_path / 'gone'}' cannot be loaded as a sequence classifier: there is no such folder; pass"
+    assert f"error: gone: {lack}" in capsys.readouterr().err
     assert list(json.loads((tmp_path / "out" / "surfaces.json").read_text())) == ["good"]
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 1000
 

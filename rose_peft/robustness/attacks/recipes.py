@@ -226,11 +226,13 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+"""The attacks that the kit knows, by name, with what each needs."""
 
 PRESETS: dict[str, tuple[str, ...]] = {
     "offline": tuple(recipe.name for recipe in RECIPES.values() if recipe.offline),
     "all": tuple(RECIPES),
 }
+"""Names for several recipes at once."""
 
 
 def expand(names: Sequence[str]) -> list[str]:

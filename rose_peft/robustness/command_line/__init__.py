@@ -11,6 +11,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from ..errors import first_line, is_full_disk
+
 COMMANDS = {
     "noise": "accuracy: clean, on AdvGLUE and other robust sets, under typos and other noise",
     "attack": "accuracy under TextAttack's recipes",
@@ -32,4 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     arguments = sys.argv[1:] if argv is None else argv
     command = parser.parse_args(arguments[:1]).command
-    return import_module(f".{command}", __name__).main(arguments[1:])
+    try:
+        return import_module(f".{command}", __name__).main(arguments[1:])
+    except Exception as error:  # pyarrow, torch and matplotlib have their own errors for a full disk
+        if not is_full_disk(error):
+            raise
+        print(
+            f"error: the disk is full ({first_line(error)}); make room and run the same command again.",
+            file=sys.stderr,
+        )
+        return 2

@@ -160,12 +160,9 @@ class LabelArguments:
 
 def parse(types: tuple[Any, ...], command: str, description: str | None, argv: list[str]) -> tuple[Any, ...]:
     """Read the options of a subcommand; an unknown one ends the program with exit code 2 after one line."""
-    from transformers import HfArgumentParser
+    from .parser import Parser
 
-    parser = HfArgumentParser(
-        types, prog=f"python -m rose_peft.robustness {command}", description=description, allow_abbrev=False
-    )
-    return parser.parse_args_into_dataclasses(argv)
+    return Parser(types, prog=f"python -m rose_peft.robustness {command}", description=description).read(argv)
 
 
 def named(entries: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,15 @@ from pathlib import Path
 from ..data import Examples
 from ..directions import Scope
 from ..errors import RobustnessError
-from ..landscape import Surface, classification_batches, classification_loss, loss_surface, measure_sharpness
+from ..landscape import (
+    Surface,
+    check_ball,
+    check_grid,
+    classification_batches,
+    classification_loss,
+    loss_surface,
+    measure_sharpness,
+)
 from ..plotting import plot_surfaces
 from ..predict import Predictor
 from ..results import SUFFIX, Result, write_json
@@ -89,6 +97,10 @@ def main(argv: list[str]) -> int:
     surfaces: dict[str, Surface] = {}
     code = 0
     try:
+        check_grid(args.dimensions, args.radius, args.points)
+        check_ball(args.epsilon, args.ascent_steps)
+        if args.probes < 0:
+            raise RobustnessError(f"probes={args.probes}: must be at least 0, which leaves the trace out.")
         run.check(folder, args.seed)
         models = named(args.models)
         examples = data.load().sample(args.num_examples or None, args.seed)

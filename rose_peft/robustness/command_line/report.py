@@ -24,15 +24,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("results", nargs="+", help="Result files, and folders to search for *.result.json.")
     parser.add_argument("--output_dir", required=True, help="Folder for report.md and its pictures.")
     parser.add_argument("--baseline", default="plain", help="Method that the others are compared with.")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        help="Methods in the order of the tables; the pictures show the first six, the baseline among them.",
+    )
     parser.add_argument("--title", default="Robustness report", help="Title of the page.")
     parser.add_argument("--html", action="store_true", help="Write report.html too.")
     args = parser.parse_args(argv)
     try:
         report = write_report(
-            args.results, args.output_dir, baseline=args.baseline, title=args.title, as_html=args.html
+            args.results,
+            args.output_dir,
+            baseline=args.baseline,
+            order=args.methods,
+            title=args.title,
+            as_html=args.html,
         )
     except (RobustnessError, OSError) as error:
         return fail(error)
+    for method in sorted(set(args.methods) - set(report.rows["method"])):
+        print(f"methods={method!r}: no result is of this method.", file=sys.stderr)
     for line in report.problems:
         print(f"left out: {line}", file=sys.stderr)
     print(report.page)

@@ -19,7 +19,7 @@ from ..results import SUFFIX, load_result
 from .comparable import broken_attacks, unequal_budgets, unequal_samples, with_noise_mean
 from .equal_clean import gather_courses
 from .frame import Run, columns, gather, seeds_of
-from .pictures import choose, draw
+from .pictures import MOST, draw
 from .pooled import pooled_robustness
 from .tables import (
     cost_table,
@@ -84,7 +84,8 @@ def write_report(
         output_dir: Folder for `report.md`, the pictures, `differences.csv` (all paired differences, and the pooled
             figure, with the intervals of Student's t and of the bootstrap), and `report.html` if asked for.
         baseline: Method that the others are compared with, seed by seed; it comes first.
-        order: Methods in the order of the tables; others come after them.
+        order: Methods in the order of the tables; others come after them. The pictures show the first six, the
+            baseline among them.
         title: Title of the page.
         as_html: Write the page as HTML too.
 
@@ -116,7 +117,7 @@ def write_report(
     of_tasks = {task: with_noise_mean(frame[frame["task"] == task], task) for task in tasks}
     shown = pandas.concat([of_task for of_task, _ in of_tasks.values()], ignore_index=True)
     pooled, left_out = pooled_robustness(shown, methods, baseline)
-    in_pictures = choose(shown, methods, baseline, pooled)
+    in_pictures = methods[:MOST]
     styles = styles_of(in_pictures)
     compared: list[DataFrame] = []
     lines: list[str] = []
@@ -173,13 +174,13 @@ def _methods(frame: DataFrame, baseline: str, order: Sequence[str] = ()) -> list
 
 
 def _not_drawn(methods: Sequence[str], in_pictures: Sequence[str]) -> list[str]:
-    """Say which methods the pictures leave out, and why those."""
+    """Say which methods the pictures leave out."""
     missing = [method for method in methods if method not in in_pictures]
     if not missing:
         return []
     return [
-        f"The pictures show {len(in_pictures)} of {len(methods)} methods: the baseline, and those with most seeds "
-        f"and, of these, the best pooled robustness. Left out of them: {', '.join(missing)}.",
+        f"The pictures show the first {len(in_pictures)} of {len(methods)} methods. Left out of them: "
+        f"{', '.join(missing)}.",
         "",
     ]
 

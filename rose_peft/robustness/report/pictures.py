@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..estimate import Estimate, paired_difference
 from ..plotting import Cloud, Styles, plot_courses, plot_curves, plot_scatter
 from .equal_clean import Course
-from .frame import Column, by_seed, columns, seeds_of, select
+from .frame import Column, by_seed, columns, select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,34 +16,7 @@ if TYPE_CHECKING:
 
 CLEAN = Column("clean_accuracy", "", 0.0)
 _ROBUST = ("robust_accuracy", "noise_mean_accuracy", "accuracy_under_attack")
-
-
 MOST = 6  # more methods than these cannot be told apart in one picture
-
-
-def choose(frame: DataFrame, methods: Sequence[str], baseline: str, pooled: DataFrame) -> list[str]:
-    """Choose the methods that all pictures of a report show: the baseline, then most seeds, then best pooled figure.
-
-    Args:
-        frame: Lines of all tasks.
-        methods: All methods, in the order wanted.
-        baseline: What they are compared with.
-        pooled: What `pooled_robustness` found.
-
-    Returns:
-        At most six of the methods, in their order.
-    """
-    runs: dict[str, int] = {}
-    for _, of_task in frame.groupby("task"):
-        for method, seeds in seeds_of(of_task).items():
-            runs[method] = runs.get(method, 0) + seeds
-    figures = {} if pooled.empty else dict(zip(pooled["method"], pooled["value"], strict=True))
-
-    def rank(method: str) -> tuple[bool, int, float]:
-        return method != baseline, -runs.get(method, 0), -figures.get(method, float("-inf"))
-
-    best = sorted(methods, key=rank)[:MOST]
-    return [method for method in methods if method in best]
 
 
 def draw(

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,6 +75,24 @@ def figures(folder: Path) -> dict[str, Any]:
     return found
 
 
+# Runs a comparison whose process dies as a machine would lose it: at the first checkpoint after a file is there.
+DYING = """
+import os, signal, sys
+from examples.benchmark import compare
+from examples.training import run
+
+save, sign = run._save, sys.argv[1]
+
+def save_and_die(*arguments):
+    save(*arguments)
+    if os.path.exists(sign):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run._save = save_and_die
+compare.main(sys.argv[2:])
+"""
+
+
 def test_a_grid_killed_half_way_and_resumed_equals_one_in_one_piece(inputs: dict[str, str], tmp_path: Path) -> None:
     grid = content(inputs)
     assert compare.main(options(inputs, tmp_path / "whole", grid)) == 0
@@ -84,15 +101,12 @@ def test_a_grid_killed_half_way_and_resumed_equals_one_in_one_piece(inputs: dict
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # In the search; after half of the cells, in the training of the next one.
     for sign in (out / "plain" / "search.json", out / "ROSE" / "seed0.result.json"):
-        command = [sys.executable, "-m", "examples.benchmark.compare", *line]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+        process = subprocess.run(
+            [sys.executable, "-c", DYING, str(sign), *line], env=environment, capture_output=True, text=True
         )
-        while process.poll() is None and not sign.exists():
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.returncode == -signal.SIGKILL, process.stderr
         assert sign.exists() and not (out / "ROSE" / "seed1.result.json").exists()
+    assert list((tmp_path / "broken" / "runs").rglob("checkpoints"))
     before = (out / "ROSE" / "seed0.result.json").read_bytes()
     assert compare.main(line) == 0
     assert (out / "ROSE" / "seed0.result.json").read_bytes() == before
