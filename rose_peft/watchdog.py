@@ -221,7 +221,7 @@ class Watchdog:
 
 
 def _kind(unit: str) -> str:
-    """The name of a unit without its numbers but the first, a block's: what the experts of one block have in common."""
+    """The name of a unit without its numbers but that of its block: what the experts of one block have in common."""
     parts = unit.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     return ".".join("*" if place in numbers[1:] else part for place, part in enumerate(parts))
