@@ -67,7 +67,7 @@ def noisy(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_training_is_padded_training(way: str) -> None:
-    """Masks, weights and scores; a packed row cannot be taken apart, so the small pass is the whole row and says so."""
+    """Masks, scores and weights; a packed row cannot be taken apart, so the small pass takes all of it and says so."""
     ends = []
     for kind in (0, 1):
         settings = WAYS["sampled, all rows"] if way == "sampled" and kind == 1 else WAYS[way]
