@@ -143,11 +143,10 @@ def _refuse_pipeline(model: nn.Module) -> None:
     if package is None:
         return
     own = {id(param) for param in model.parameters()}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), package._PipelineStageBase) and thing.num_stages > 1:
-            if any(id(param) in own for param in thing.submod.parameters()):
-                raise UnsupportedEngineError(
-                    f"stage {thing.stage_index} of {thing.num_stages} of a pipeline holds a part of the units, so they "
-                    "would be ranked among those alone, and what it returns are no logits. Train with FSDP2, ZeRO or "
-                    "DDP."
-                )
+    stages = [thing for thing in gc.get_objects() if issubclass(type(thing), package._PipelineStageBase)]
+    for stage in stages:
+        if stage.num_stages > 1 and any(id(param) in own for param in stage.submod.parameters()):
+            raise UnsupportedEngineError(
+                f"stage {stage.stage_index} of {stage.num_stages} of a pipeline holds a part of the units, so they would "
+                "be ranked among those alone, and what it returns are no logits. Train with FSDP2, ZeRO or DDP."
+            )
