@@ -147,6 +147,6 @@ def _refuse_pipeline(model: nn.Module) -> None:
     for stage in stages:
         if stage.num_stages > 1 and any(id(param) in own for param in stage.submod.parameters()):
             raise UnsupportedEngineError(
-                f"stage {stage.stage_index} of {stage.num_stages} of a pipeline holds a part of the units, so they would "
+                f"stage {stage.stage_index} of {stage.num_stages} of a pipeline holds a part of the units; they would "
                 "be ranked among those alone, and what it returns are no logits. Train with FSDP2, ZeRO or DDP."
             )
