@@ -64,10 +64,10 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
         )
     dtype = torch.float64 if parameters[0][1].dtype == torch.float64 else torch.float32
     facts = Facts(state.units, state.sizes.double(), (), int(state.steps), mean, 1.0, dtype)
-    values, unranked = scores.first_order.score((), facts)
+    values, unscored = scores.first_order.score((), facts)
     absent = torch.ones(len(state.units), dtype=torch.bool)
     absent[[index for index, _ in parameters]] = False
-    ranking = masks.rank(values, unranked | absent, config.lower_quantile, config.upper_quantile)
+    ranking = masks.rank(values, unscored, absent, config.lower_quantile, config.upper_quantile)
     frozen = {index for index, mask in enumerate(ranking.mask.tolist()) if mask == 0}
     return Plan(ranking, [param for index, param in parameters if index in frozen])
 

@@ -124,15 +124,15 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
         if gathered.planned is not None:
             first = gathered.planned
         elif facts.risk is not None:
-            values, unranked = scores.first_order.score(gathered.first_norms, facts)
-            first = masks.rank(values, unranked | gathered.ungraded, *band)
+            values, unscored = scores.first_order.score(gathered.first_norms, facts)
+            first = masks.rank(values, unscored, gathered.ungraded, *band)
         # Without a finite pass the last mask stays.
         first_mask = first.mask if first is not None else gathered.last_first_mask
     if config.needs_momentum:
-        values, unranked = scores.second_order.score(gathered.second_norms, facts)
-        unranked = unranked | gathered.ungraded
-        if not bool(unranked.all()):  # else it is the first step: there is nothing to compare with
-            second = masks.rank(values, unranked, *band)
+        values, unscored = scores.second_order.score(gathered.second_norms, facts)
+        unscored = unscored | gathered.ungraded
+        if not bool(unscored.all()):  # else it is the first step: there is nothing to compare with
+            second = masks.rank(values, unscored, gathered.ungraded, *band)
         second_mask = second.mask if second is not None else torch.ones(len(facts.units))
     mask = masks.mix_or_either(first_mask, second_mask, config.gamma)
     if facts.steps < config.warmup_steps:

@@ -94,24 +94,27 @@ class Ranking(NamedTuple):
         scores: Float [U].
         thresholds: (low, high) of the band, [2]; NaN where nothing could be ranked.
         mask: float32 [U] of zeros and ones.
+        unscored: Units whose scores mean nothing, bool [U].
     """
 
     scores: Tensor
     thresholds: Tensor
     mask: Tensor
+    unscored: Tensor
 
 
-def rank(scores: Tensor, unranked: Tensor, lower: float, upper: float) -> Ranking:
-    """Rank the units by one score and keep those inside the band.
+def rank(scores: Tensor, unscored: Tensor, absent: Tensor, lower: float, upper: float) -> Ranking:
+    """Rank the units by one score and keep those inside the band, and those that cannot be ranked.
 
     Args:
         scores: Non-negative scores, float [U].
-        unranked: Units to keep without ranking them, bool [U].
+        unscored: Units whose scores mean nothing, bool [U].
+        absent: Units that do not take part in this step, bool [U].
         lower: Quantile of the lower bound.
         upper: Quantile of the upper bound.
     """
-    mask, thresholds = quantile_band(scores, lower, upper, unranked)
-    return Ranking(scores, thresholds, mask)
+    mask, thresholds = quantile_band(scores, lower, upper, unscored | absent)
+    return Ranking(scores, thresholds, mask, unscored)
 
 
 def mix_or_either(first: Tensor | None, second: Tensor | None, gamma: float) -> Tensor:

@@ -28,7 +28,7 @@ def is_sharded(tensors: IndexedTensors) -> bool:
 
 
 def square_norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Squared Frobenius norms, one kernel for all tensors and no host synchronisation.
+    """Squared Frobenius norms, one kernel for all tensors of a dtype and no host synchronisation.
 
     Args:
         tensors: Any shapes and float dtypes; at least one. They may lie on several devices.
@@ -36,7 +36,14 @@ def square_norms(tensors: Iterable[Tensor]) -> Tensor:
     Returns:
         [number of tensors] on the first tensor's device, in its `wide_dtype`.
     """
-    norms = torch._foreach_norm([t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors])
+    found = list(tensors)
+    norms: list[Tensor] = [*found]
+    for kind in {tensor.dtype for tensor in found}:
+        places = [place for place, tensor in enumerate(found) if tensor.dtype == kind]
+        # In float32 by the kernel itself: copies of all gradients of a large model would take twice their memory.
+        wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
+        for place, norm in zip(places, torch._foreach_norm([found[p] for p in places], 2, wide), strict=True):
+            norms[place] = norm
     device = norms[0].device
     if all(norm.device == device for norm in norms):
         return torch.stack(norms).to(wide_dtype(device)).square()

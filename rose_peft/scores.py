@@ -140,12 +140,13 @@ class SecondOrder:
         )
 
     def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
-        """Compare norms; a unit without momentum has nothing to be compared with."""
+        """Compare norms; a unit without momentum has nothing to be compared with, one without gradient nothing to
+        compare: an expert that no token went to, where it has a gradient of zeros, would rank as a jump."""
         gradients, momenta = norms
         scores = second_order_scores(
             (gradients / facts.loss_scale).to(facts.dtype), momenta.to(facts.dtype), fresh_factors(facts)
         )
-        return scores, momenta == 0
+        return scores, (momenta == 0) | (gradients == 0)
 
 
 def fresh_factors(facts: Facts) -> Tensor:

@@ -218,7 +218,8 @@ class SelectionState:
         new: dict[str, Tensor] = {}
         for name, ranking in (("first", decision.first), ("second", decision.second)):
             if ranking is not None:
-                new[f"{name}_scores"] = ranking.scores.double()
+                last = self.values[f"{name}_scores"]
+                new[f"{name}_scores"] = torch.where(ranking.unscored, last, ranking.scores.double())
                 new[f"{name}_thresholds"] = ranking.thresholds.double()
                 new[f"{name}_mask"] = ranking.mask
         if decision.risk is not None:

@@ -155,7 +155,9 @@ class Watchdog:
             RoseInactiveError: If half of them or more are missing.
         """
         trained = {index for index, _ in stepping}
-        unreached = trained - reached
+        # Experts that no token of a small pass, or of this process, went to have fellows that some went to.
+        kinds = {_kind(self._units[index]) for index in reached}
+        unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
         if 2 * len(unreached) >= len(trained):
             raise RoseInactiveError(
                 f"{len(unreached)} of {len(self._units)} units have a gradient of the loss but none of the dropout "
@@ -216,6 +218,13 @@ class Watchdog:
             f"output, so there is no divergence to rank by. Set ROSEConfig(dropout=0.1), or dropout in the "
             "model's own config, or use strategy='second_order'."
         )
+
+
+def _kind(unit: str) -> str:
+    """The name of a unit without its numbers but that of its block: what the experts of one block have in common."""
+    parts = unit.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join("*" if place in numbers[1:] else part for place, part in enumerate(parts))
 
 
 class _GradientMark:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,11 +32,11 @@ class EngineFinder:
         self.host = host
         self._model = model
         self._backward = backward
-        self._looked = self._checked = False
+        self._looked = self._checked = self._stepped = False
         self.engine: Engine = Plain(host)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked": False, "_checked": False, "engine": Plain(self.host)}
+        return {**self.__dict__, "_looked": False, "_checked": False, "_stepped": False, "engine": Plain(self.host)}
 
     def before_forward(self, module: nn.Module, parameters: Sequence[Tensor], paired: bool) -> None:
         """Look before a training pass.
@@ -71,6 +73,8 @@ class EngineFinder:
         """
         if getattr(module, "_is_replica", False) or not self._checked:
             _refuse(module, self._model, parameters)
+            if not self._checked:
+                _refuse_pipeline(self._model)
             self._checked = True
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
@@ -82,6 +86,9 @@ class EngineFinder:
         Raises:
             UnsupportedEngineError: If ROSE would silently do nothing under the engine.
         """
+        if not self._stepped:
+            self._stepped = True
+            _refuse_pipeline(self._model)
         self._find_shards(parameters)
         if is_marked(parameters) and not isinstance(self.engine, Zero):
             zero = find_zero(self.host, parameters)
@@ -125,3 +132,21 @@ def _refuse(module: nn.Module, model: nn.Module, parameters: Sequence[Tensor]) -
             f"tensor parallelism {what} splits units over processes, so their norms cannot be told. Train with FSDP2, "
             "ZeRO or DDP; load the model without tp_plan."
         )
+
+
+def _refuse_pipeline(model: nn.Module) -> None:
+    """Refuse the stages of torch.distributed.pipelining, and those that Accelerate's prepare_pippy makes.
+
+    Nothing on the model leads to them, so all objects are gone through; once, and only where the package is in use.
+    """
+    package = sys.modules.get("torch.distributed.pipelining.stage")
+    if package is None:
+        return
+    own = {id(param) for param in model.parameters()}
+    stages = [thing for thing in gc.get_objects() if issubclass(type(thing), package._PipelineStageBase)]
+    for stage in stages:
+        if stage.num_stages > 1 and any(id(param) in own for param in stage.submod.parameters()):
+            raise UnsupportedEngineError(
+                f"stage {stage.stage_index} of {stage.num_stages} of a pipeline holds a part of the units; they would "
+                "be ranked among those alone, and what it returns are no logits. Train with FSDP2, ZeRO or DDP."
+            )

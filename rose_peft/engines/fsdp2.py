@@ -48,7 +48,7 @@ class Fsdp2(Plain):
         """Watch shards, and let whole parameters stay between forward and backward pass.
 
         The graph hangs on the whole parameters; a shard put back in their place before the risk pass would leave its
-        gradient nothing to reach. That costs memory and saves one all-gather.
+        gradient nothing to reach. FSDP2 puts shards back as that gradient passes, and gathers anew for the user's.
         """
         shards = [param for param in parameters if isinstance(param, DTensor)]
         self.find_processes(shards)
