@@ -88,7 +88,7 @@ class Processes:
             try:
                 dist.all_reduce(marked, op=dist.ReduceOp.SUM, group=group)
             except RuntimeError as error:
-                raise RankMismatchError(not_met(dist.get_rank(), standing, *_others(group))) from error
+                raise not_met(dist.get_rank(), standing, *_others(group)) from error
         return marked
 
     def checked(self, values: Tensor, standing: Standing, device: torch.device) -> Tensor:
@@ -107,14 +107,11 @@ class Processes:
             return values
         if all_equal(values[:MARK].tolist(), math.prod(dist.get_world_size(group) for group in groups)):
             return values[MARK:]
-        found = [self._apart(group, standing, device) for group in groups]
-        raise RankMismatchError(
-            next((text for text in found if text is not None), None)
-            or "the ranks do not stand at the same point of the training, and none of them says how."
-        )
+        found = [error for group in groups if (error := self._apart(group, standing, device)) is not None]
+        raise found[0] if found else RankMismatchError("the ranks stand apart, and none of them says how.")
 
     @staticmethod
-    def _apart(group: dist.ProcessGroup, standing: Standing, device: torch.device) -> str | None:
+    def _apart(group: dist.ProcessGroup, standing: Standing, device: torch.device) -> RankMismatchError | None:
         mine = standing.values(device)
         gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, mine, group=group)
@@ -138,11 +135,9 @@ class Processes:
             mine = masks.to(device)
             gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, mine, group=group)
-            ranks = dist.get_process_group_ranks(group)
-            for rank, theirs in zip(ranks, gathered, strict=True):
-                found = different_masks(names, ranks[0], gathered[0], rank, theirs)
-                if found is not None:
-                    raise RankMismatchError(found)
+            found = different_masks(names, dist.get_process_group_ranks(group), gathered)
+            if found is not None:
+                raise found
 
 
 def _others(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:

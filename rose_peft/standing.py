@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import RankMismatchError
+
 # Numbers in a mark. Digests of 20 bits keep the sums of their squares exact in float64 for up to 8192 processes.
 MARK = 3
 _DIGEST = 2**20 - 1
@@ -62,53 +64,49 @@ def all_equal(marks: Sequence[float], processes: int) -> bool:
     return came == processes and processes * squares == total**2
 
 
-def apart(ranks: Sequence[int], standings: Sequence[Tensor], units: Sequence[str]) -> str | None:
-    """Say which rank stands elsewhere than the first one, or None where none does.
+def apart(ranks: Sequence[int], standings: Sequence[Tensor], units: Sequence[str]) -> RankMismatchError | None:
+    """The error that says which rank stands elsewhere than the first one, or None where none does.
 
     Args:
         ranks: Their numbers.
         standings: What each has as `Standing.values`, on the CPU.
         units: Unit names.
     """
-    first = standings[0]
     steps = [int(values[0]) for values in standings]
-    if len(set(steps)) > 1:
-        each = ", ".join(
-            f"rank {rank} begins its optimizer step {int(values[0])} after {int(values[1])} model calls"
-            for rank, values in zip(ranks, standings, strict=True)
-        )
-        odd = next(rank for rank, step in zip(ranks, steps, strict=True) if step != steps[0])
-        return f"rank {odd} has taken another number of steps than rank {ranks[0]}: {each}. {_WAY_OUT}"
-    for rank, values in zip(ranks, standings, strict=True):
-        found = different_masks(units, ranks[0], first[2:], rank, values[2:])
-        if found is not None:
-            return found
-    return None
+    for rank, step in zip(ranks, steps, strict=True):
+        if step != steps[0]:
+            each = ", ".join(
+                f"rank {one} begins its optimizer step {int(values[0])} after {int(values[1])} model calls"
+                for one, values in zip(ranks, standings, strict=True)
+            )
+            return RankMismatchError(
+                f"rank {rank} has taken another number of steps than rank {ranks[0]}: {each}. {_WAY_OUT}"
+            )
+    return different_masks(units, ranks, [values[2:] for values in standings])
 
 
-def different_masks(units: Sequence[str], one: int, masks: Tensor, other: int, others: Tensor) -> str | None:
-    """Say which unit's masks differ first, or None where none do.
+def different_masks(units: Sequence[str], ranks: Sequence[int], masks: Sequence[Tensor]) -> RankMismatchError | None:
+    """The error that names the first unit whose masks differ, or None where none do.
 
     Args:
         units: Unit names, U of them.
-        one: A rank.
-        masks: Its masks, [U].
-        other: Another rank.
-        others: Its masks, [U].
+        ranks: Their numbers.
+        masks: What each has, [U].
     """
-    different = (masks != others).nonzero().flatten().tolist()
-    if not different:
-        return None
-    index = different[0]
-    return (
-        f"mask of unit {units[index]!r} is {float(masks[index])} on rank {one} and {float(others[index])} on rank "
-        f"{other} ({len(different)} units differ). The replicas have diverged: check that all ranks load the same "
-        "weights and that gradients are synchronised."
-    )
+    for rank, theirs in zip(ranks, masks, strict=True):
+        different = (theirs != masks[0]).nonzero().flatten().tolist()
+        if different:
+            index = different[0]
+            return RankMismatchError(
+                f"mask of unit {units[index]!r} is {float(masks[0][index])} on rank {ranks[0]} and "
+                f"{float(theirs[index])} on rank {rank} ({len(different)} units differ). The replicas have diverged: "
+                "check that all ranks load the same weights and that gradients are synchronised."
+            )
+    return None
 
 
-def not_met(rank: int, standing: Standing, came: Sequence[int], missing: Sequence[int]) -> str:
-    """Say who did not come to a reduction that failed.
+def not_met(rank: int, standing: Standing, came: Sequence[int], missing: Sequence[int]) -> RankMismatchError:
+    """The error that says who did not come to a reduction that failed.
 
     Args:
         rank: Of this process.
@@ -119,7 +117,7 @@ def not_met(rank: int, standing: Standing, came: Sequence[int], missing: Sequenc
     with_others = f", as ranks {_list(came)} do" if came else ""
     calls = f"{standing.calls} model call{'' if standing.calls == 1 else 's'}"
     who = f"rank{'s' if len(missing) != 1 else ''} {_list(missing)}" if missing else "another rank"
-    return (
+    return RankMismatchError(
         f"rank {rank} begins its optimizer step {standing.steps} after {calls}{with_others}, and {who} did not come "
         f"to the reduction that makes the masks: lost, or at another number of model calls. {_WAY_OUT}"
     )

@@ -60,14 +60,16 @@ def build(strategy: str, risk_pass: str, means: bool) -> nn.Module:
     return get_peft_model(base, ROSEConfig(task_type="SEQ_CLS", **settings))
 
 
-def under(engine: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], None], Callable[[], None]]:
+def under(
+    engine: str, model: nn.Module, accumulation: int = MICRO_BATCHES
+) -> tuple[nn.Module, Callable[[Tensor], None], Callable[[], None]]:
     """The model under an engine, its backward pass, and its optimizer step."""
     if engine.startswith("zero"):
         import deepspeed
 
         config = {
             "train_micro_batch_size_per_gpu": SIZE,
-            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_accumulation_steps": accumulation,
             "zero_optimization": {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0},
             "steps_per_print": 10**9,
         }
@@ -86,7 +88,7 @@ def under(engine: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], 
         optimizer.step()
         optimizer.zero_grad()
 
-    return network, lambda loss: (loss / MICRO_BATCHES).backward(), step
+    return network, lambda loss: (loss / accumulation).backward(), step
 
 
 def train(engine: str, cell: str, at: int, result: dict[str, Any]) -> None:

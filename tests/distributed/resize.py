@@ -77,6 +77,7 @@ class Accelerated:
             }
             plugin = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
         self.accelerator = Accelerator(**plugin)
+        self.engine = engine
         optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.backward = self.accelerator.backward
@@ -90,7 +91,8 @@ class Accelerated:
 
     def load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
-        get_selector(self.model).restore(getattr(self.optimizer, "optimizer", self.optimizer))
+        if self.engine != "zero2":  # whose own optimizer is seen in the next forward call
+            get_selector(self.model).restore(self.optimizer.optimizer)
 
 
 def main() -> None:
