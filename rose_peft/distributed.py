@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import RankMismatchError
+from .standing import MARK, Standing, all_equal, apart, different_masks, not_met
 
 CHECK_RANKS = "ROSE_CHECK_RANKS"
+# How long a process whose reduction failed waits for others to say that theirs failed too.
+GRACE_SECONDS = 3.0
 
 
 class Processes:
@@ -60,18 +66,57 @@ class Processes:
         groups = [self._given] if self._given is not None else self._found
         return [group for group in groups if dist.get_world_size(group) > 1]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor, standing: Standing) -> Tensor:
         """Add a small vector over all processes, so that K processes and K micro-batches give the same scores.
 
         Args:
             values: float64 [any] on the device of the parameters; one all-reduce of 8 bytes per entry and group.
+            standing: Where this process stands; its mark travels in front, for `checked` to look at.
 
         Returns:
-            The sum, equal to the last bit on all processes.
+            The sum, equal to the last bit on all processes; [MARK + any], or `values` for a single process.
+
+        Raises:
+            RankMismatchError: If the reduction fails because a rank does not come to it. Under NCCL torch's own
+                watchdog ends the process instead.
         """
-        for group in self.groups:
-            dist.all_reduce(values, op=dist.ReduceOp.SUM, group=group)
-        return values
+        groups = self.groups
+        if not groups:
+            return values
+        marked = torch.cat([torch.tensor(standing.mark(), dtype=values.dtype).to(values.device), values])
+        for group in groups:
+            try:
+                dist.all_reduce(marked, op=dist.ReduceOp.SUM, group=group)
+            except RuntimeError as error:
+                raise not_met(dist.get_rank(), standing, *_others(group)) from error
+        return marked
+
+    def checked(self, values: Tensor, standing: Standing, device: torch.device) -> Tensor:
+        """Take the marks off what `sum` gave, if they say that all processes stand at the same point.
+
+        Args:
+            values: float64 [MARK + any] on the CPU; [any] for a single process.
+            standing: Where this process stands.
+            device: Device for collectives.
+
+        Raises:
+            RankMismatchError: On every process, naming the rank that stands elsewhere.
+        """
+        groups = self.groups
+        if not groups:
+            return values
+        if all_equal(values[:MARK].tolist(), math.prod(dist.get_world_size(group) for group in groups)):
+            return values[MARK:]
+        found = [error for group in groups if (error := self._apart(group, standing, device)) is not None]
+        raise found[0] if found else RankMismatchError("the ranks stand apart, and none of them says how.")
+
+    @staticmethod
+    def _apart(group: dist.ProcessGroup, standing: Standing, device: torch.device) -> RankMismatchError | None:
+        mine = standing.values(device)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, mine, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        return apart(ranks, [values.cpu() for values in gathered], standing.units)
 
     def check_equal(self, names: Sequence[str], masks: Tensor, device: torch.device) -> None:
         """Compare the masks of all processes where the environment variable ROSE_CHECK_RANKS is 1.
@@ -90,15 +135,41 @@ class Processes:
             mine = masks.to(device)
             gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
             dist.all_gather(gathered, mine, group=group)
-            for rank, theirs in enumerate(gathered):
-                different = (theirs != gathered[0]).nonzero().flatten().tolist()
-                if different:
-                    raise RankMismatchError(
-                        f"mask of unit {names[different[0]]!r} is {float(gathered[0][different[0]])} on rank 0 and "
-                        f"{float(theirs[different[0]])} on rank {rank} ({len(different)} units differ). The replicas "
-                        "have diverged: check that all ranks load the same weights and that gradients are "
-                        "synchronised."
-                    )
+            found = different_masks(names, dist.get_process_group_ranks(group), gathered)
+            if found is not None:
+                raise found
+
+
+def _others(group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Find out by torch's own store, since the group is broken, who else failed in the same reduction, and who not.
+
+    Args:
+        group: The processes.
+
+    Returns:
+        Ranks that came to it and ranks that did not, without this one; none of either where the store is lost too.
+    """
+    others = [rank for rank in dist.get_process_group_ranks(group) if rank != dist.get_rank()]
+    came: list[int] = []
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            store.set(f"rose/{dist.get_rank()}", "waited")
+            end = time.monotonic() + GRACE_SECONDS
+            while len(came) < len(others) and time.monotonic() < end:
+                came[:] = [rank for rank in others if store.check([f"rose/{rank}"])]
+                time.sleep(0.1)
+            answered.set()
+        except (RuntimeError, ValueError):  # with the process that had it
+            came.clear()
+
+    # A store in a process that hangs does not answer at all.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * GRACE_SECONDS)
+    return (came, [rank for rank in others if rank not in came]) if answered.is_set() else ([], [])
 
 
 def _is_initialized() -> bool:

@@ -38,4 +38,4 @@ class RoseInactiveError(RoseError, RuntimeError):
 
 
 class RankMismatchError(RoseError, RuntimeError):
-    """Two ranks of one run computed different masks for the same unit."""
+    """The ranks of one run have gone apart: other masks, other steps, or one that does not come to a reduction."""

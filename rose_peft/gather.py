@@ -13,6 +13,7 @@ from .distributed import Processes
 from .norms import IndexedTensors, is_sharded, square_norms_per_unit, wide_dtype
 from .risk import RiskWindow
 from .scores import Facts, Scores, Stepping
+from .standing import Standing
 from .steered import Steered
 
 
@@ -22,6 +23,7 @@ def gather(
     scores: Scores,
     processes: Processes,
     loss_scale: float,
+    steps: int,
     splits: bool = False,
 ) -> Gathered:
     """Fetch norms and risk figures, and let the watchdog look at them.
@@ -32,11 +34,13 @@ def gather(
         scores: What units are ranked by.
         processes: Who trains the model.
         loss_scale: Scale that the gradients still carry.
+        steps: Optimizer steps begun in this process, this one included.
         splits: Whether tensors of units are pieces that do not show it.
 
     Raises:
         RoseInactiveError: If the risk passes say nothing, or if there were none.
         UnsupportedOptimizerError: If a score needs a momentum and there is none to read.
+        RankMismatchError: If other processes stand at another point of the training.
     """
     config, units, window = steered.config, len(steered.units), steered.window
     device = stepping[0].param.device
@@ -49,7 +53,8 @@ def gather(
         risk_sums = [window.sums(device, wide_dtype(device), bypassed)]
     elif bypassed:
         raise steered.watchdog.bypass_error()
-    *risk_parts, norms = _fetch(risk_sums, [*first, *second], units, device, processes, splits)
+    standing = Standing(steps, window.calls, steered.state.units, steered.state.last_mask)
+    *risk_parts, norms = _fetch(risk_sums, [*first, *second], standing, device, processes, splits)
     risk = RiskWindow.figures(risk_parts[0]) if risk_parts else None
     if risk is not None:
         _check(steered, risk, pairs)
@@ -87,20 +92,23 @@ def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> Non
 def _fetch(
     risk_sums: list[Tensor],
     lists: Sequence[IndexedTensors],
-    units: int,
+    standing: Standing,
     device: torch.device,
     processes: Processes,
     splits: bool,
 ) -> list[Any]:
     """Fetch risk sums, which every process has a part of, and norms per unit, whole or of shards, together."""
+    units = len(standing.units)
     sums = [square_norms_per_unit(tensors, units, device) for tensors in lists]
     sharded = [index for index, tensors in enumerate(lists) if splits or is_sharded(tensors)]
     whole = [index for index in range(len(lists)) if index not in sharded]
     shared = [*risk_sums, *(sums[index] for index in sharded)]
-    parts = ([processes.sum(torch.cat(shared))] if shared else []) + [sums[index] for index in whole]
-    if not parts:
-        return [*risk_sums, []]
-    values = torch.cat(parts).cpu().double()
+    if not shared and not whole:
+        return [[]]
+    # Even where nothing is to be added up: gradients and momenta are equal only while all processes are in step.
+    reduced = processes.sum(torch.cat([torch.zeros(0, dtype=wide_dtype(device), device=device), *shared]), standing)
+    values = torch.cat([reduced, *(sums[index] for index in whole)]).cpu().double()
+    values = processes.checked(values, standing, device)
     lengths = [*(len(part) for part in risk_sums), *([units] * len(lists))]
     found = list(values.split(lengths))
     norms = dict(zip([*sharded, *whole], found[len(risk_sums) :], strict=True))

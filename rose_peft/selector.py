@@ -68,6 +68,8 @@ class RoseSelector:
         self._current = ""
         # Masked steps in this process; the state's count goes back with a checkpoint.
         self.steps_taken = 0
+        # Those it has begun, without a gradient too: where processes differ in them they have gone apart.
+        self._steps_begun = 0
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
@@ -197,6 +199,7 @@ class RoseSelector:
                 steered.watchdog.foreign_step(optimizer, waiting)
             return
         refuse_closure(args, kwargs)
+        self._steps_begun += 1
         for name, parameters in held.items():
             self._refuse_other_optimizers(name, parameters, optimizer)
             self._homes.adopt(name, self.adapters[name].state, parameters, optimizer, groups)
@@ -236,7 +239,7 @@ class RoseSelector:
         self.passes.around.before_step([entry.param for entry in stepping])
         self.processes.follow(self._engine.process_groups)
         self.processes.warn_if_alone()
-        return gather(steered, stepping, self.scores, self.processes, scale, self._engine.splits)
+        return gather(steered, stepping, self.scores, self.processes, scale, self._steps_begun, self._engine.splits)
 
     def decide(self, steered: Steered, gathered: Gathered) -> Decision:
         """Make the masks of one adapter; changes nothing."""

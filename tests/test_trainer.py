@@ -13,15 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from rose_peft import RoseCallback, ROSEConfig, RoseInactiveError, get_selector
 from rose_peft.selector import RoseSelector
 from rose_peft.steered import Steered
-from tests.helpers.tiny import SIZES, tiny_bert
+from tests.helpers.tiny import SIZES, rows, tiny_bert
 from tests.helpers.training import outputs
-
-
-def rows(count: int = 32) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, 30, (count, 8), generator=generator)
-    labels = torch.randint(0, 2, (count,), generator=generator)
-    return [{"input_ids": row, "labels": int(label)} for row, label in zip(ids, labels, strict=True)]
 
 
 def run(

@@ -8,7 +8,7 @@ from itertools import product
 STRATEGIES = ("first_order", "second_order", "ensemble")
 ENGINES = ("one", "ddp", "ddp_unused", "ddp_static", "fsdp2")  # "one" is a single process
 LOOPS = ("plain", "accelerate", "trainer")
-ELSEWHERE = ("sft", "lightning")  # loops of tests/test_loops.py, for one process: TRL's SFTTrainer, and Lightning
+ELSEWHERE = ("sft", "lightning")  # loops of tests/helpers/loops.py, for one process: TRL's SFTTrainer, and Lightning
 PRECISIONS = ("float32", "bf16_autocast", "fp16_autocast", "bf16", "float64")
 RISK = ("first_order", "ensemble")
 
@@ -76,7 +76,8 @@ def _sampled() -> list[Cell]:
     ways += [(engine, loop, "float32") for engine in ("one", "ddp", "fsdp2") for loop in ("accelerate", "trainer")]
     ways += [("one", loop, "float32") for loop in (*ELSEWHERE, "checkpointing", "reentrant")]
     ways += [("ddp", "reentrant", "float32")]
-    return [Cell(*way, "ensemble", risk_pass="sampled") for way in ways]
+    cells = [Cell(*way, "ensemble", risk_pass="sampled") for way in ways]
+    return cells + [Cell(engine, "plain", "float32", "first_order", risk_pass="sampled") for engine in ENGINES]
 
 
 CELLS = [

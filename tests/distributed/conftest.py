@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.distributed.cells import PRECISIONS, STRATEGIES, Cell
 from tests.distributed.processes import ROOT
@@ -29,6 +30,14 @@ def record_outcome(request: pytest.FixtureRequest) -> Record:
         outcomes[cell] = outcome, reason
 
     return record
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +87,17 @@ def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
             notes.append(f"{cell.engine} {cell.loop}")
             outcome += f" [{list(reasons).index(f'{outcome}: {reason}') + 1}]"
         rows.setdefault((cell.engine, cell.loop), {}).setdefault(cell.precision, {})[cell.way] = outcome
-    lines = [f"{'engine':14s}{'loop':15s}" + "".join(f"{precision:16s}" for precision in PRECISIONS)]
+    columns_of_all = (*PRECISIONS, "fp16")
+    lines = [f"{'engine':14s}{'loop':24s}" + "".join(f"{precision:16s}" for precision in columns_of_all)]
     for (engine, loop), columns in rows.items():
-        line = f"{engine:14s}{loop:15s}"
+        line = f"{engine:14s}{loop:24s}"
         extra = []
-        for precision in PRECISIONS:
+        for precision in columns_of_all:
             found = columns.get(precision, {})
             same = len(set(found.values())) == 1 and len(found) >= len(STRATEGIES)
             line += f"{next(iter(found.values())) if same else 'see below' if found else '':16s}"
             if found and not same:
-                extra.append(f"{'':29s}{precision}: " + ", ".join(f"{name} {text}" for name, text in found.items()))
+                extra.append(f"{'':38s}{precision}: " + ", ".join(f"{name} {text}" for name, text in found.items()))
         lines += [line.rstrip(), *extra]
     for number, (reason, cells) in enumerate(reasons.items(), 1):
         lines.append(f"[{number}] {reason} ({', '.join(dict.fromkeys(cells))})")
@@ -97,7 +107,7 @@ def table(outcomes: dict[Cell, tuple[str, str]]) -> list[str]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     outcomes = config.stash.get(_OUTCOMES, {})
     if outcomes:
-        terminalreporter.section("engine x loop x precision x strategy")
+        terminalreporter.section("engine x loop x precision x strategy x risk pass")
         for line in table(outcomes):
             terminalreporter.write_line(line)
         words = [outcome for outcome, _ in outcomes.values()]

@@ -20,11 +20,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from tests import test_loops
 from tests.distributed import worker
 from tests.distributed.as_gpus import pretend
 from tests.distributed.cells import ELSEWHERE, Cell
 from tests.distributed.worker import DDP_OPTIONS, RANK, WORLD, micro_batch, wrap
+from tests.helpers import loops as user_loops
 
 STEPS, MICRO_BATCHES, SIZE = 4, 4, 2
 PER_RANK = MICRO_BATCHES // WORLD
@@ -53,18 +53,18 @@ def rows() -> list[dict[str, torch.Tensor]]:
 
 def build(cell: Cell) -> nn.Module:
     """The model that the cell trains, the same on every rank."""
-    special = {"sft": test_loops.causal, "lightning": test_loops.classifier}
+    special = {"sft": user_loops.causal, "lightning": user_loops.classifier}
     return special.get(cell.loop, worker.build)(cell.strategy, risk_pass=cell.risk_pass)
 
 
 def steps_of(cell: Cell) -> int:
     """Optimizer steps that the cell takes."""
-    return test_loops.STEPS if cell.loop in ELSEWHERE else STEPS
+    return user_loops.STEPS if cell.loop in ELSEWHERE else STEPS
 
 
 def elsewhere(model: nn.Module, cell: Cell) -> None:
     """Loops that have their own tests, as they are there."""
-    loop = {"sft": test_loops.sft_loop, "lightning": test_loops.lightning_loop}[cell.loop]
+    loop = {"sft": user_loops.sft_loop, "lightning": user_loops.lightning_loop}[cell.loop]
     with accelerate_state(cell.engine, mixed_precision(cell)), TemporaryDirectory() as folder:
         try:
             loop(model, Path(folder))

@@ -15,8 +15,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from rose_peft import RoseCallback, ROSEConfig, get_selector
-from tests.helpers.tiny import tiny_bert
-from tests.test_trainer import rows
+from tests.helpers.tiny import rows, tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 

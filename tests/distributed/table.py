@@ -27,6 +27,7 @@ from rose_peft.selector import RoseSelector
 from tests.distributed.cells import CELLS, Cell
 from tests.distributed.loops import build, train
 from tests.distributed.worker import RANK, WORLD
+from tests.helpers.traffic import Counted
 
 
 class Watch:
@@ -74,8 +75,10 @@ def run(cell: Cell) -> dict[str, Any]:
         lambda module, args, kwargs: torch.manual_seed(int(kwargs["input_ids"].sum())) and None, with_kwargs=True
     )
     try:
-        with Watch(get_selector(model)) as watch:
+        sent = Counted()
+        with Watch(get_selector(model)) as watch, sent.in_place():
             train(model, cell)
+        result["traffic"] = sent.bytes
         result["masks"] = torch.stack(watch.masks)
         result["wrong"] = watch.wrong
         result["sharded"] = watch.sharded

@@ -10,10 +10,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 
 from rose_peft import ROSEConfig, attach_rose, get_selector
-from tests.distributed.test_fsdp1 import group
 from tests.helpers.tiny import batch, tiny_bert
 
-__all__ = ["group"]
 WHOLE = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 

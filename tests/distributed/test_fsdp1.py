@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,13 +10,6 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from rose_peft import ROSEConfig, UnsupportedEngineError, attach_rose, get_selector
 from tests.helpers.tiny import batch, tiny_bert
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("strategy", ["second_order", "ensemble"])

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.distributed import processes
+from tests.distributed.processes import ROOT
+from tests.helpers.comparing import worst
 
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).parents[2]
 
 
 def start(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -31,15 +32,6 @@ def results(ranks: int, engine: str, strategy: str, output: Path, *options: str)
     done = start(ranks, engine, strategy, output, *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(f"{output}.{rank}") for rank in range(ranks)]
-
-
-def worst(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """Largest difference between two sets of weights.
-
-    Key biases are left out: softmax cancels them, so their gradient is rounding noise, and Adam turns its sign into
-    full steps whenever sums are taken in another order.
-    """
-    return max(float((one[name] - two[name]).abs().max()) for name in one if "key" not in name or "bias" not in name)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

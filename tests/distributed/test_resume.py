@@ -63,18 +63,37 @@ def test_accelerate_on_two_processes(inputs: dict[str, str], tmp_path: Path, kil
     assert_same_run(whole, broken)
 
 
+def assert_same_end(whole: Path, broken: Path, steps: int) -> None:
+    """Both runs ended in the same weights and statistics, to the last bit."""
+    one, two = (torch.load(folder / "end", weights_only=False) for folder in (whole, broken))
+    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+    assert one["statistics"]["steps"] == steps and 0 < one["statistics"]["kept_share"] < 1
+    assert str(one["statistics"]) == str(two["statistics"])  # as text: NaN equals itself
+
+
+@pytest.mark.parametrize("kills", FEW_AND_MANY)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_save_state(engine: str, kills: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """`accelerator.save_state` under the engines that split what the optimizer holds; sampled passes."""
+    environment = request.getfixturevalue("deepspeed_environment") if engine == "zero2" else {}
+    script = str(Path(__file__).with_name("resume_accelerate.py"))
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        command = [script, engine, str(tmp_path / name), str(kills * 6)]
+        rng = random.Random(kills)
+        for _ in range(kills if name == "broken" else 0):
+            kill_at_random(2, command, tmp_path / name, tmp_path / "log", rng, **environment)
+        run(2, command, tmp_path / "log", **environment)
+    assert_same_end(tmp_path / "whole", tmp_path / "broken", kills * 6)
+
+
 @pytest.mark.parametrize("kills", FEW_AND_MANY)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_trainer(ranks: int, kills: int, tmp_path: Path) -> None:
-    ends = []
     for name in ("whole", "broken"):
         command = [str(Path(__file__).with_name("resume_trainer.py")), str(tmp_path / name), str(kills * 6)]
         rng = random.Random(kills)
         for _ in range(kills if name == "broken" else 0):
             kill_at_random(ranks, command, tmp_path / name, tmp_path / "log", rng, **DEVICE)
         run(ranks, command, tmp_path / "log", **DEVICE)
-        ends.append(torch.load(tmp_path / name / "end", weights_only=False))
-    one, two = ends
-    assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
-    assert one["statistics"]["steps"] == kills * 6 and 0 < one["statistics"]["kept_share"] < 1
-    assert str(one["statistics"]) == str(two["statistics"])  # as text: NaN equals itself
+    assert_same_end(tmp_path / "whole", tmp_path / "broken", kills * 6)

@@ -10,10 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from rose_peft import ROSEConfig, RoseSelector, attach_rose
-from tests.distributed.test_fsdp1 import group
 from tests.helpers.tiny import batch, tiny_bert
-
-__all__ = ["group"]
 
 
 def shard(model: nn.Module, reshard: bool, half: bool) -> None:

@@ -11,10 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from rose_peft import ROSEConfig, UnsupportedEngineError, attach_rose, get_selector
-from tests.distributed.test_fsdp1 import group
 from tests.helpers.tiny import batch, tiny_bert
 
-__all__ = ["group"]
 PLAN = {"intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel()}
 
 

@@ -13,14 +13,16 @@ import torch
 
 import rose_peft
 from rose_peft.engines import zero as engine
-from tests.distributed.test_ranks import ROOT, worst
+from tests.distributed.conftest import Record
+from tests.distributed.processes import ROOT
 from tests.distributed.zero import CELLS, SLOW, STEPS, ZeroCell
+from tests.helpers.comparing import worst
 from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.traffic import expected_bytes
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 # Adam turns the rounding of a gradient into a small part of its step; bf16 weights are 2**-8 apart.
 CLOSE = {"float32": 1e-4, "bf16": 2**-6}
-RISK_NUMBERS = 5  # that count the risk passes
 
 
 def launch(environment: dict[str, str], script: str, *arguments: str) -> None:
@@ -40,16 +42,12 @@ def folder(deepspeed_environment: dict[str, str], tmp_path_factory: pytest.TempP
     return folder
 
 
-def expected_bytes(cell: ZeroCell, units: int) -> int:
-    """One float64 per unit for the risk, one for gradients and one for momenta."""
-    risk = units + RISK_NUMBERS if cell.strategy != "second_order" else 0
-    norms = 2 * units if cell.strategy != "first_order" else 0
-    return 8 * (risk + norms)
-
-
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
-def test_cell(cell: ZeroCell, folder: Path) -> None:
+def test_cell(cell: ZeroCell, folder: Path, record_outcome: Record) -> None:
+    record_outcome(cell.row, "FAILED", "")
     check(cell, folder)
+    reason = torch.load(folder / f"{cell.name}.0")["message"].split(". ")[0] if cell.refusal else ""
+    record_outcome(cell.row, "refused" if cell.refusal else "works", reason)
 
 
 @pytest.mark.slow
@@ -74,7 +72,7 @@ def check(cell: ZeroCell, folder: Path) -> None:
         assert not rank["wrong"]
         assert torch.equal(rank["masks"], ranks[0]["masks"])
         assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for name in rank["weights"])
-        assert max(rank["traffic"]) == expected_bytes(cell, rank["units"])
+        assert max(rank["traffic"]) == expected_bytes(cell.strategy, rank["units"], sharded=True)
         if cell.compared:
             assert torch.equal(rank["masks"], rank["reference"]["masks"])
             weights = {name: weight.float() for name, weight in rank["weights"].items()}

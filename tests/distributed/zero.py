@@ -14,7 +14,6 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,9 +23,10 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_peft import ROSEConfig, get_selector
-from rose_peft.distributed import Processes
+from tests.distributed.cells import Cell
 from tests.distributed.worker import RANK, micro_batch
 from tests.helpers.tiny import tiny_bert
+from tests.helpers.traffic import Counted
 
 STEPS, SIZE = 5, 4
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +58,13 @@ class ZeroCell:
         settings = f"x{self.accumulation}-clip{self.clip:g}-groups{self.groups}{self.adapter}"
         extra = "".join(f"-{key}" for key in (*self.zero, *self.more, self.optimizer))
         return f"zero{self.stage}-{self.precision}-{self.strategy}-{self.risk_pass}-{settings}{extra}"
+
+    @property
+    def row(self) -> Cell:
+        """Where it stands in the table."""
+        extra = next(iter((*self.zero, *self.more)), "") if self.stage < 3 else ""
+        loop = extra or self.adapter or ("one group" if self.groups == 1 else "DeepSpeed")
+        return Cell(f"zero{self.stage}", loop, self.precision, self.strategy, self.refusal, "", self.risk_pass)
 
     @property
     def compared(self) -> bool:
@@ -131,14 +138,8 @@ class Watch:
         self.model, self.selector, self.cell = model, get_selector(model), cell
         self.masks: list[Tensor] = []
         self.wrong: list[str] = []
-        self.traffic: list[int] = []
-        plain = Processes.sum
-
-        def counted(processes: Processes, values: Tensor) -> Tensor:
-            self.traffic.append(values.numel() * values.element_size())
-            return plain(processes, values)
-
-        self.patch = mock.patch.object(Processes, "sum", counted)
+        self.sent = Counted()
+        self.patch = self.sent.in_place()
 
     def whole(self) -> AbstractContextManager[Any]:
         """A context in which parameters are whole."""
@@ -174,7 +175,7 @@ class Watch:
         return {
             "masks": torch.stack(self.masks),
             "wrong": self.wrong,
-            "traffic": self.traffic,
+            "traffic": self.sent.bytes,
             "units": len(self.selector.units),
             "weights": self.weights(),
             "statistics": self.selector.statistics().as_dict(),

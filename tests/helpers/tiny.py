@@ -45,3 +45,11 @@ def batch(model: nn.Module, size: int = 4, length: int = 8, seed: int = 0) -> di
     mask[0, length // 2 :] = 0
     labels = torch.randint(0, config.num_labels, (size,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def rows(count: int = 32) -> list[dict[str, Any]]:
+    """A dataset for the Trainer: random tokens with two labels."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 30, (count, 8), generator=generator)
+    labels = torch.randint(0, 2, (count,), generator=generator)
+    return [{"input_ids": row, "labels": int(label)} for row, label in zip(ids, labels, strict=True)]
