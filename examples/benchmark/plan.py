@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rose_peft.config import RISK_INTERVAL
+
 # Weights and blocks of models as they are.
 MODELS = {"1 billion": (1e9, 16), "8 billion": (8e9, 32), "70 billion": (70e9, 80)}
 PROCESSES = (8, 64)
@@ -28,7 +30,6 @@ WAYS = {
     "ensemble, sampled": ("sampled", True),
     "ensemble, paired": ("paired", True),
 }
-INTERVAL = 4  # ROSEConfig.risk_interval
 BUCKET = 5e8  # weights that ZeRO-2 reduces at once: its reduce_bucket_size
 
 
@@ -99,7 +100,7 @@ def memory(engine: str, way: str, training: Training) -> Memory:
     return Memory(2 * weights + 12 * weights / n, taken[risk_pass], backward, step)
 
 
-def collectives(engine: str, way: str, training: Training, interval: int = INTERVAL) -> dict[str, float]:
+def collectives(engine: str, way: str, training: Training, interval: int = RISK_INTERVAL) -> dict[str, float]:
     """Bytes that are put together in a step, by collective, without those of ROSE's own: 8 to 24 per unit.
 
     Args:

@@ -46,7 +46,7 @@ def test_more_processes_leave_whole_weights_and_gradients_of_the_risk_pass() -> 
     assert memory("zero2", "ensemble, paired", training).peak == 2000 + 120 + 1800 + 500
     assert sent("zero2", "plain", training) == pytest.approx(0.99 * (2 * 2000 + 2000))
     assert sent("fsdp2", "plain", training) == pytest.approx(0.99 * (4000 + 4000))
-    assert sent("fsdp2", "first order, sampled", training) == pytest.approx(0.99 * (8000 + 2200 / 4))
+    assert sent("fsdp2", "first order, sampled", training) == pytest.approx(0.99 * (8000 + 2200 / 8))
 
 
 def test_the_page_shows_the_plan_and_the_figures() -> None:
@@ -57,7 +57,7 @@ def test_the_page_shows_the_plan_and_the_figures() -> None:
 
 
 def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
-    """Weights and momenta in float32; a small pass holds the gradients of the units and next to nothing else."""
+    """Weights and momenta in float32; a small pass holds the gradients of the units, and its two graphs of a row."""
     ways = ["plain", "first order, sampled", "ensemble, paired"]
     scale.main([*TINY, "--ways", *ways, "--output", str(tmp_path / "figures.json")])
     found = json.loads((tmp_path / "figures.json").read_text())
@@ -65,7 +65,7 @@ def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
     assert plain["kept"] == pytest.approx(12 * plain["weights"], rel=0.1)
     assert plain["sent"] == {} and plain["mask"] == 1
     more = sampled["passes"] - plain["passes"]
-    assert more == pytest.approx(4 * sampled["unit_weights"], rel=0.2)
+    assert 4 * sampled["unit_weights"] < more < 6 * sampled["unit_weights"]
     assert 0 < found[ways[2]]["mask"] < 1
     again = scale.measure(ways[1], "plain", False, (64, 2, 64), 4, 2)
     assert again.passes == sampled["passes"]  # to the byte
@@ -73,7 +73,7 @@ def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
 
 def test_adapters_are_measured_too() -> None:
     found = scale.measure("first order, sampled", "plain", True, (64, 2, 64), 4, 2)
-    assert found.unit_weights < 0.2 * found.weights and found.passes < 2 * found.weights
+    assert found.unit_weights < 0.2 * found.weights and found.passes < 2.5 * found.weights
 
 
 @pytest.mark.distributed
