@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
 
 from rose_peft import ROSEConfig, UnsupportedEngineError, attach_rose, get_selector
-from tests.distributed.test_fsdp1 import group
 from tests.helpers.blocks import DropoutBlocks
 
-__all__ = ["group"]
 REFUSAL = r"stage \d of 2 of a pipeline.*FSDP2"
 
 
