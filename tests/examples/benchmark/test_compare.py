@@ -342,7 +342,7 @@ def test_a_step_is_timed_in_the_precision_of_training(inputs: dict[str, str], tm
         grid = content(inputs, search={})
         grid["common"]["mixed_precision"] = precision
         line = options(inputs, tmp_path / "g", grid)
-        (args,) = compare.HfArgumentParser(compare.CompareArguments).parse_args_into_dataclasses(line)
+        (args,) = compare.Parser(compare.CompareArguments).read(line)
         comparison = compare.Comparison(read_grid(tmp_path / "g" / "grid.yaml"), args)
         seen = []
         with torch.nn.modules.module.register_module_forward_hook(
