@@ -11,14 +11,17 @@ VENV_PACKAGE := .venv-package$(OF_PYTHON)
 demo: $(VENV4)/.installed
 	$(VENV4)/bin/python examples/train.py --output_dir runs/demo --overwrite
 
-# CPU tests gain nothing from threads, and one thread makes them repeatable to the last bit.
+# CPU tests gain nothing from threads, and one thread makes them repeatable to the last bit. Processes do help; tests of
+# one file stay together, for they share fixtures.
+AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
+
 test: export OMP_NUM_THREADS = 1
 test: $(VENV4)/.installed
-	$(VENV4)/bin/python -m pytest
+	$(VENV4)/bin/python -m pytest $(AT_ONCE)
 
 test-transformers5: export OMP_NUM_THREADS = 1
 test-transformers5: $(VENV5)/.installed
-	$(VENV5)/bin/python -m pytest
+	$(VENV5)/bin/python -m pytest $(AT_ONCE)
 
 test-distributed: export OMP_NUM_THREADS = 1
 test-distributed: $(VENV4)/.deepspeed

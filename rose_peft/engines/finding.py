@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
@@ -137,10 +137,11 @@ def _refuse(module: nn.Module, model: nn.Module, parameters: Sequence[Tensor]) -
 def _refuse_pipeline(model: nn.Module) -> None:
     """Refuse the stages of torch.distributed.pipelining, and those that Accelerate's prepare_pippy makes.
 
-    Nothing on the model leads to them, so all objects are gone through; once, and only where the package is in use.
+    Nothing on the model leads to them, so all objects are gone through, which takes up to a second: once, and only
+    where there may be one. A stage asks its process group for its rank when it is made.
     """
     package = sys.modules.get("torch.distributed.pipelining.stage")
-    if package is None:
+    if package is None or not distributed.is_initialized():
         return
     own = {id(param) for param in model.parameters()}
     stages = [thing for thing in gc.get_objects() if issubclass(type(thing), package._PipelineStageBase)]
