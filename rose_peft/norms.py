@@ -27,14 +27,14 @@ def is_sharded(tensors: IndexedTensors) -> bool:
     return any(isinstance(tensor, DTensor) for _, tensor in tensors)
 
 
-def square_norms(tensors: Iterable[Tensor]) -> Tensor:
-    """Squared Frobenius norms, one kernel for all tensors of a dtype and no host synchronisation.
+def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Frobenius norms, one kernel for all tensors of a dtype and no host synchronisation.
 
     Args:
-        tensors: Any shapes and float dtypes; at least one. They may lie on several devices.
+        tensors: Any shapes and float dtypes. They may lie on several devices.
 
     Returns:
-        [number of tensors] on the first tensor's device, in its `wide_dtype`.
+        A scalar for each, in float32 or wider.
     """
     found = list(tensors)
     norms: list[Tensor] = [*found]
@@ -44,27 +44,48 @@ def square_norms(tensors: Iterable[Tensor]) -> Tensor:
         wide = torch.float32 if kind in (torch.float16, torch.bfloat16) else None
         for place, norm in zip(places, torch._foreach_norm([found[p] for p in places], 2, wide), strict=True):
             norms[place] = norm
+    return norms
+
+
+def squares(norms: Sequence[Tensor]) -> Tensor:
+    """Squares of norms, [number of norms] on the first one's device, in its `wide_dtype`.
+
+    Args:
+        norms: Scalars as `norms_of` gives them; at least one.
+    """
     device = norms[0].device
     if all(norm.device == device for norm in norms):
-        return torch.stack(norms).to(wide_dtype(device)).square()
+        return torch.stack(list(norms)).to(wide_dtype(device)).square()
     return torch.stack([norm.to(device, wide_dtype(device)) for norm in norms]).square()
 
 
 def square_norms_per_unit(tensors: IndexedTensors, units: int, device: torch.device) -> Tensor:
-    """Add up squared norms per unit, in a fixed order: the same to the last bit on every run and process.
+    """Squared norms per unit, see `add_per_unit`.
 
     Args:
         tensors: (unit index, tensor) each; of a shard the local part counts.
         units: Number of units U.
         device: Where the result is wanted.
+    """
+    norms = norms_of(local_part(tensor) for _, tensor in tensors)
+    return add_per_unit([(index, norm) for (index, _), norm in zip(tensors, norms, strict=True)], units, device)
+
+
+def add_per_unit(norms: IndexedTensors, units: int, device: torch.device) -> Tensor:
+    """Add up squares of norms per unit, in a fixed order: the same to the last bit on every run and process.
+
+    Args:
+        norms: (unit index, norm) each.
+        units: Number of units U.
+        device: Where the result is wanted.
 
     Returns:
-        [U] in the `wide_dtype` of the device, zero for units without tensors.
+        [U] in the `wide_dtype` of the device, zero for units without norms.
     """
-    if not tensors:
+    if not norms:
         return torch.zeros(units, dtype=wide_dtype(device), device=device)
-    square = square_norms(local_part(tensor) for _, tensor in tensors)
-    rows = _rows(tuple(index for index, _ in tensors), units, square.device)
+    square = squares([norm for _, norm in norms])
+    rows = _rows(tuple(index for index, _ in norms), units, square.device)
     # Gathered and added along rows: unlike index_add, that does not depend on the order of threads.
     return torch.cat([square, square.new_zeros(1)])[rows].sum(dim=1).to(device)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .decision import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
-from .norms import IndexedTensors, local_part, square_norms, square_norms_per_unit
+from .norms import IndexedTensors, add_per_unit, local_part, norms_of, squares
 from .outputs import is_causal, logits_of, loss_of, tensors_of, with_loss
 
 # What a window counts besides norms: passes that were finite, skipped, equal and whole, and processes without any.
@@ -173,9 +175,10 @@ class RiskWindow:
             UnsupportedEngineError: If the graph does not let itself be asked.
         """
         tensors = [param for _, param in parameters]
-        with _without_hooks(tensors), _typed_errors():
-            gradients = torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
-        found = [(index, grad) for (index, _), grad in zip(parameters, gradients, strict=True) if grad is not None]
+        with _without_hooks(tensors), _norms_on_arrival(tensors) as norms, _typed_errors():
+            torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
+        # In the order of the parameters, not of their arrival, so that sums are the same every time.
+        found = [(index, norms[id(param)]) for index, param in parameters if id(param) in norms]
         if not found:
             raise RoseInactiveError(
                 "the gradient of the dropout divergence reaches no unit. With gradient checkpointing pass "
@@ -184,7 +187,7 @@ class RiskWindow:
             )
         self.reached |= {index for index, _ in found}
         device = found[0][1].device
-        square_sum = square_norms_per_unit(found, self._units, device) / scale**2
+        square_sum = add_per_unit(found, self._units, device) / scale**2
         finite = torch.isfinite(square_sum.sum())
         counts = [finite, ~finite, equal.to(device), torch.full_like(finite, whole)]
         self._add(torch.where(finite, square_sum, torch.zeros_like(square_sum)), torch.stack(counts))
@@ -250,7 +253,7 @@ class RiskWindow:
         if not gradients:
             self.forget()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
-            alive = square_norms(map(local_part, gradients)).sum() != 0
+            alive = squares(norms_of(map(local_part, gradients))).sum() != 0
             self._square_sum = self._square_sum * alive
             self._counts = self._counts * alive
 
@@ -273,6 +276,33 @@ def _typed_errors() -> Iterator[None]:
                 "risk_pass='sampled' in ROSEConfig."
             ) from error
         raise
+
+
+@contextmanager
+def _norms_on_arrival(tensors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """Take the norm of each gradient as soon as it is known, and let go of it: together they take a model's memory.
+
+    Args:
+        tensors: Whose gradients are asked for.
+
+    Yields:
+        id of a tensor -> norm of its gradient.
+    """
+    norms: dict[int, Tensor] = {}
+    handles = []
+
+    def take(tensor: int, gradient: Tensor) -> Tensor:
+        (norms[tensor],) = norms_of([local_part(gradient)])
+        # Nobody reads what stands in its place; a shard keeps its own, for it cannot be one number everywhere.
+        return gradient if isinstance(gradient, DTensor) else norms[tensor].to(gradient.dtype).expand_as(gradient)
+
+    try:
+        for key, tensor in {id(tensor): tensor for tensor in tensors}.items():
+            handles.append(tensor.register_hook(partial(take, key)))
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
