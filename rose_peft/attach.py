@@ -42,6 +42,7 @@ def attach_rose(
         AlreadyAttachedError: If ROSE is attached to the model, to a part of it or to a whole around it.
         RoseConfigError: If a field cannot be followed here.
         TargetModulesError: If there is nothing to mask.
+        UnsupportedEngineError: If DDP is around the model already.
         UnsupportedModelError: If a model without an adapter is quantized.
     """
     over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())

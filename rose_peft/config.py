@@ -172,7 +172,12 @@ class ROSEConfig(PeftConfig):
         Args:
             step: Number of masked optimizer steps taken before.
         """
-        return self.needs_risk_pass and (self.risk_pass == "paired" or step % self.risk_interval == 0)
+        return self.needs_risk_pass and step % self.risk_period == 0
+
+    @property
+    def risk_period(self) -> int:
+        """Optimizer steps from one risk pass to the next."""
+        return 1 if self.risk_pass == "paired" else self.risk_interval
 
     def _make_plain(self) -> None:
         """Turn numbers of numpy into Python's, which JSON knows, and copy lists, so that none is shared."""

@@ -73,7 +73,7 @@ class Flight:
         while self.decisions:
             steered, decision, parameters = self.decisions[0]
             if self.record is None:
-                self.record = steered.state.after(decision)
+                self.record = steered.state.after(decision, steered.config.risk_period)
             steered.state.put(self.record)
             steered.window.forget()
             steered.drop_plan()

@@ -17,6 +17,7 @@ from .standing import Standing
 from .steered import Steered
 
 
+@torch.no_grad()  # gradients have graphs where users ask for them (create_graph=True)
 def gather(
     steered: Steered,
     stepping: Sequence[Stepping],
@@ -44,11 +45,12 @@ def gather(
     """
     config, units, window = steered.config, len(steered.units), steered.window
     device = stepping[0].param.device
-    pairs = [(entry.index, entry.part.holder) for entry in stepping]
+    # Zeros that zero_grad(set_to_none=False) left on what no longer trains are no gradients.
+    pairs = [(entry.index, entry.part.holder) for entry in stepping if entry.param.requires_grad]
     first = list(scores.first_order.tensors(stepping)) if config.needs_risk_pass else []
     second = list(scores.second_order.tensors(stepping)) if config.needs_momentum else []
     risk_sums = []
-    bypassed = config.needs_risk_pass and steered.watchdog.is_bypassed(window.calls, pairs)
+    bypassed = config.needs_risk_pass and bool(pairs) and steered.watchdog.is_bypassed(window.calls, pairs)
     if config.risk_is_due(int(steered.state.steps)):
         risk_sums = [window.sums(device, wide_dtype(device), bypassed)]
     elif bypassed:
@@ -85,7 +87,7 @@ def gather(
 def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> None:
     """Let the watchdog look at what the risk passes said and reached."""
     steered.watchdog.check_risk(risk)
-    if not steered.window.is_empty:
+    if stepping and not steered.window.is_empty:
         steered.watchdog.check_reached(steered.window.reached, stepping)
 
 

@@ -81,6 +81,7 @@ def _forget(number: int) -> None:
             _global_handles.pop().remove()
 
 
+@torch.compiler.disable  # users compile their optimizer's step, and a traced hook acts on nothing
 def _step_begins(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Take the last place among the optimizer's own pre-hooks and the first among its post-hooks, for this step.
 
@@ -98,11 +99,13 @@ def _step_begins(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _step_handles[optimizer] = [before, after, saving, loading]
 
 
+@torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in observers():
         observer.before_step(optimizer, args, kwargs)
 
 
+@torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in observers():
         observer.after_step(optimizer)
@@ -113,6 +116,7 @@ def _settle(optimizer: Optimizer) -> None:
         observer.settle(optimizer)
 
 
+@torch.compiler.disable
 def _step_ends(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _take_off(optimizer)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .ahead import check_can_skip, plan
 from .distributed import Processes
@@ -16,6 +16,7 @@ from .dropout import has_dropout_up_to
 from .engines.finding import EngineFinder
 from .inputs import cache_before
 from .norms import IndexedTensors
+from .outputs import tensors_of
 from .risk import Call, Head, hidden_states_are_equal, paired_pass
 from .sampled import aside, sampled_pass, take_sample
 from .scores import Scores
@@ -51,7 +52,6 @@ class Passes:
         self.ours = False
         self._hidden_states_checked = False
         self._caches: dict[str, Any] = {}
-        self.seen = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_caches": {}}
@@ -83,7 +83,6 @@ class Passes:
             for steered in training:
                 steered.watchdog.eval_pass()
             return
-        self.seen = True
         shown = [tensor for steered in training for unit in steered.units for tensor in unit.tensors()]
         paired = any(_is_paired(steered) for steered in training)
         self.around.before_forward(module, shown, paired)
@@ -122,6 +121,8 @@ class Passes:
                 else:
                     self._sampled(steered, call, head, output)
             steered.window.calls += 1
+            if steered.plan is not None:
+                self._hold_back_in_backward(steered, output)
         return None if output is given else output
 
     def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
@@ -165,6 +166,19 @@ class Passes:
             self._check_hidden_states(sample.call, steered)
         if steered.plan is not None:
             steered.plan.hold_back()
+
+    @staticmethod
+    def _hold_back_in_backward(steered: Steered, output: Any) -> None:
+        """Keep to the plan where blocks are computed again: what saves the adapters' state may have let it go."""
+        planned = steered.plan
+
+        def begins(_: Tensor) -> None:
+            if planned is not None and steered.plan is planned:
+                planned.hold_back()
+
+        for tensor in tensors_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(begins)
 
     @contextmanager
     def own(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from .config import ROSEConfig
 from .decision import Decision, Gathered, decide
 from .distributed import Processes
 from .dropout import TrainingDropout
+from .engines.plain import refuse_wrapped
 from .engines.seam import Engine, Group
 from .engines.zero import refuse_split
 from .errors import AlreadyAttachedError, UnsupportedOptimizerError
@@ -48,6 +49,7 @@ class RoseSelector:
     Raises:
         AlreadyAttachedError: If the model, a part of it or a whole around it has a selector.
         TargetModulesError: If there is nothing to mask.
+        UnsupportedEngineError: If DDP is around the model already.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class RoseSelector:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         _refuse_overlap(host, model)
+        refuse_wrapped(host)
         self.host, self.model = host, model
         self.scores = scores if scores is not None else Scores()
         self.processes = Processes(process_group)
@@ -249,7 +252,7 @@ class RoseSelector:
 
     def _makes_state(self, optimizer: Optimizer) -> bool:
         """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""
-        unused = not self.passes.seen and all(steered.window.is_empty for steered in self.adapters.values())
+        unused = all(steered.window.calls == 0 for steered in self.adapters.values())
         still = all(float(group["lr"]) == 0 for group in optimizer.param_groups)
         return unused and still and not optimizer.state
 

@@ -209,11 +209,12 @@ class SelectionState:
         """
         self.put(self.after(decision))
 
-    def after(self, decision: Decision) -> Record:
+    def after(self, decision: Decision, risk_period: int = 1) -> Record:
         """What the values are after a step; changes nothing.
 
         Args:
             decision: What was decided for the step.
+            risk_period: Optimizer steps from one risk pass to the next.
         """
         new: dict[str, Tensor] = {}
         for name, ranking in (("first", decision.first), ("second", decision.second)):
@@ -223,7 +224,7 @@ class SelectionState:
                 new[f"{name}_thresholds"] = ranking.thresholds.double()
                 new[f"{name}_mask"] = ranking.mask
         if decision.risk is not None:
-            new |= self._after_risk(decision.risk)
+            new |= self._after_risk(decision.risk, risk_period)
         if decision.average is not None:
             new["risk_average"] = decision.average
         masks = torch.where(decision.stepped, decision.masks, torch.zeros_like(decision.masks))
@@ -254,11 +255,11 @@ class SelectionState:
             self.values[name].copy_(value)
         self.history[record.column] = record.row
 
-    def _after_risk(self, risk: RiskFigures) -> dict[str, Tensor]:
+    def _after_risk(self, risk: RiskFigures, period: int) -> dict[str, Tensor]:
         new = {"skipped": self.skipped + int(risk.skipped), "whole": self.whole + int(risk.whole)}
         if risk.skipped:
             new["risk_scale"] = (self.risk_scale / 2).clamp(min=1.0)
-        elif int(self.steps) % RISK_SCALE_GROWTH_STEPS == RISK_SCALE_GROWTH_STEPS - 1:
+        elif (int(self.steps) + period) // RISK_SCALE_GROWTH_STEPS > int(self.steps) // RISK_SCALE_GROWTH_STEPS:
             new["risk_scale"] = (self.risk_scale * 2).clamp(max=MAX_RISK_SCALE)
         return new
 

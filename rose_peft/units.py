@@ -218,6 +218,8 @@ def _is_unit(
         return _inside(full_name, blocks)
     if isinstance(module, RoseLayer):  # wrapped because it is a target
         return True
+    if isinstance(config.target_modules, set) and module_name in config.target_modules:
+        return True  # each prefix is compared with every target, which takes long where all units are named
     parts = module_name.split(".")
     return any(check_target_module_exists(config, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
 
@@ -251,7 +253,7 @@ class LiveUnits:
         self.model = model
         self._config = config
         # The settings given here overrule those of adapters that are there already, such as loaded ones.
-        self._overruled = {name: id(own) for name, own in (self._peft_configs() or {}).items()}
+        self._overruled = dict(self._peft_configs() or {})
         self.by_adapter: dict[str, list[Unit]] = {}
         self._warned = False
         self._find()
@@ -293,7 +295,7 @@ class LiveUnits:
             adapter: Its name.
         """
         own = (self._peft_configs() or {}).get(adapter)
-        return own if isinstance(own, ROSEConfig) and self._overruled.get(adapter) != id(own) else self._config
+        return own if isinstance(own, ROSEConfig) and self._overruled.get(adapter) is not own else self._config
 
     def changed(self) -> bool:
         """Whether adapters or layers have come, gone or moved since the units were found."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from rose_peft import ROSEConfig, RoseSelector, get_selector
 from tests.helpers.held import held_tensors
 from tests.helpers.tiny import batch, tiny_bert
-from tests.helpers.watching import backward, train_step, watched_step
+from tests.helpers.watching import assert_masks_acted, backward, train_step, unit_weights, watched_step
 
 KINDS = ["lora", "full"]
 WARMUP = 2
@@ -48,6 +48,22 @@ def optimizer_of(model: PeftModel) -> torch.optim.Optimizer:
 def select(model: PeftModel, name: str) -> RoseSelector:
     model.set_adapter(name)
     return get_selector(model)
+
+
+@pytest.mark.parametrize("strategy", ["first_order", "second_order"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_that_are_set_to_zero_belong_to_no_step(kind: str, strategy: str) -> None:
+    """The adapter whose turn it is not keeps gradients of zero, and is no adapter without a risk pass."""
+    model = two_adapters(kind, strategy=strategy)
+    optimizer = optimizer_of(model)
+    for seed in range(6):
+        selector = select(model, ("default", "other")[seed % 2])
+        optimizer.zero_grad(set_to_none=False)
+        backward(model, seed)
+        before = unit_weights(selector)
+        optimizer.step()
+        if seed > 1:  # after the first step of each there is momentum
+            assert_masks_acted(selector, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

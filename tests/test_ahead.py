@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from rose_peft import (
@@ -16,9 +17,11 @@ from rose_peft import (
     UnsupportedEngineError,
     attach_rose,
     detach_rose,
+    get_selector,
 )
 from tests.helpers.steps import adamw
 from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.watching import assert_masks_acted
 
 
 def skipping(**options) -> ROSEConfig:
@@ -188,3 +191,25 @@ def test_resumed_equals_uninterrupted_once_the_state_is_restored() -> None:
     half, optimizer = run(range(3))
     resumed, _ = run(range(3, 7), (half.state_dict(), optimizer.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_reference_pass_before_a_backward_that_computes_again(lora: bool) -> None:
+    """PEFT lets everything train when the adapter is back; checkpoints must find what they left."""
+    inner = LoraConfig(r=2, target_modules=["query", "value"]) if lora else None
+    model = get_peft_model(tiny_bert(), skipping(base_config=inner)).train()
+    base = model.base_model.model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+    selector = get_selector(model)
+    for step in range(3):
+        torch.manual_seed(step)
+        loss = model(**batch(base, size=8, seed=step)).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch(base, size=8, seed=step))
+        loss.backward()
+        before = {unit.name: [m._parameters[n].detach().clone() for m, n in unit.slots] for unit in selector.units}
+        optimizer.step()
+        optimizer.zero_grad()
+        if step:
+            assert_masks_acted(selector, before)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
-from rose_peft import RoseCallback, ROSEConfig, UnsupportedEngineError, get_selector
+from rose_peft import RoseCallback, ROSEConfig, UnsupportedEngineError, attach_rose, get_selector
 from tests.helpers.tiny import batch, tiny_bert
-from tests.helpers.watching import assert_masks_acted, unit_weights
+from tests.helpers.watching import assert_masks_acted, backward, unit_weights
 
 STEPS = 4
 
@@ -112,6 +112,22 @@ def train_on_shapes(compiled: bool, **fields: object) -> tuple[list[Tensor], dic
         if "key" not in name or "bias" not in name
     }
     return masks, weights, counter.frame_count
+
+
+@pytest.mark.parametrize("how", ["method", "function"])
+@pytest.mark.parametrize("strategy", ["first_order", "second_order"])
+def test_masks_act_in_a_compiled_step_of_the_optimizer(strategy: str, how: str) -> None:
+    model = tiny_bert(num_hidden_layers=1)
+    selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    step = torch.compile(optimizer.step if how == "method" else lambda: optimizer.step(), backend="aot_eager")
+    for seed in range(3):
+        backward(model, seed)
+        before = unit_weights(selector)
+        step()
+        optimizer.zero_grad()
+        if seed:  # after the first step there is momentum
+            assert_masks_acted(selector, before)
 
 
 def test_sampled_passes_and_batches_of_varying_shape() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import Trainer, TrainingArguments
 
 from rose_peft import (
@@ -306,3 +308,49 @@ def test_in_eval_mode_the_message_says_train(build: Any, strategy: str, wrapper_
     optimizer.zero_grad()
     masks: list[Tensor] = train_watched(model.train(), batch(model))
     assert any((mask < 1).any() for mask in masks)
+
+
+# Gradients of zero, and steps that are none --------------------------------------------------------------------------
+
+
+def test_blocks_that_are_frozen_later_and_keep_gradients_of_zero() -> None:
+    model = tiny_bert(num_hidden_layers=4)
+    attach_rose(model, ROSEConfig(strategy="first_order"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number in range(5):
+        if number == 2:
+            for part in (model.bert.embeddings, *model.bert.encoder.layer[:2]):
+                part.requires_grad_(False)
+        optimizer.zero_grad(set_to_none=False)
+        model(**batch(model)).loss.backward()
+        optimizer.step()
+    assert get_selector(model).statistics().steps == 5
+
+
+@pytest.mark.parametrize("strategy", ["ensemble", "second_order"])
+def test_a_state_loaded_into_a_new_optimizer_of_the_same_process(strategy: str) -> None:
+    """torch takes a step of nothing to have a state to load into; it is none of the training's."""
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy=strategy))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(**batch(model)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = get_optimizer_state_dict(model, optimizer)
+    set_optimizer_state_dict(model, torch.optim.AdamW(model.parameters(), lr=1e-3), saved)
+    assert int(selector.state.steps) == selector.steps_taken == 2
+
+
+def test_gradients_that_have_a_graph_leave_none_in_the_state() -> None:
+    """As gradient penalties and AdaHessian have them."""
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        model(**batch(model)).loss.backward(create_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = [value for value in selector.state.values.values() if isinstance(value, Tensor)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    copy.deepcopy(optimizer.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -214,3 +215,15 @@ def test_an_adapter_loaded_again_starts_with_what_the_optimizer_says(tmp_path) -
     assert selector.statistics().kept_share == 1
     backward(loaded, 1)
     watched_step(selector, optimizer.step, optimizer)
+
+
+def test_a_copy_goes_by_the_settings_that_overruled_those_of_the_adapter(tmp_path) -> None:
+    get_peft_model(tiny_bert(), config(strategy="second_order", upper_quantile=0.9)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_bert(), tmp_path, is_trainable=True).train()
+    detach_rose(model)
+    attach_rose(model, config())
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert (get_selector(copied).config.strategy, get_selector(copied).config.upper_quantile) == (
+            "first_order",
+            0.4,
+        )

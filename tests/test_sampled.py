@@ -844,3 +844,18 @@ def test_resumed_equals_uninterrupted(strategy: str, at: int) -> None:
     train(again, resumed, range(at, 10))
     assert_same(everything(again, get_selector(again), resumed), everything(model, get_selector(model), optimizer))
     assert int(get_selector(again).state.steps) == 10
+
+
+@pytest.mark.parametrize("interval", [1, 2, 8])
+def test_the_scale_of_the_divergence_grows_at_any_interval(interval: int) -> None:
+    """Once in 200 steps, at the last pass before they are full; overflows would halve it for good otherwise."""
+    model = tiny_bert(num_hidden_layers=1)
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", risk_pass="sampled", risk_interval=interval))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for steps, grown in ((200 - 2 * interval, 1), (200 - interval, 2), (200, 1)):
+        selector.state.values["steps"].fill_(steps)
+        selector.state.values["risk_scale"].fill_(2.0**6)
+        model(**batch(model)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert float(selector.state.risk_scale) == grown * 2.0**6

@@ -32,11 +32,12 @@ class EngineFinder:
         self.host = host
         self._model = model
         self._backward = backward
-        self._looked = self._checked = self._stepped = False
+        self._looked = self._checked = self._stepped = self._managed = False
         self.engine: Engine = Plain(host)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_looked": False, "_checked": False, "_stepped": False, "engine": Plain(self.host)}
+        unseen = dict.fromkeys(("_looked", "_checked", "_stepped", "_managed"), False)
+        return {**self.__dict__, **unseen, "engine": Plain(self.host)}
 
     def before_forward(self, module: nn.Module, parameters: Sequence[Tensor], paired: bool) -> None:
         """Look before a training pass.
@@ -62,7 +63,7 @@ class EngineFinder:
         self.engine.before_forward(parameters, paired)
 
     def check(self, module: nn.Module, parameters: Sequence[Tensor]) -> None:
-        """Refuse what no engine file can read; asked once, but for replicas, which are new in every call.
+        """Refuse what no engine file can read; asked once, again when FSDP1 comes later, and for every replica.
 
         Args:
             module: Who is called.
@@ -71,6 +72,9 @@ class EngineFinder:
         Raises:
             UnsupportedEngineError: Naming it and what to use instead.
         """
+        managed = getattr(module, "_is_fsdp_managed_module", False)
+        if managed != self._managed:
+            self._managed, self._checked = managed, False
         if getattr(module, "_is_replica", False) or not self._checked:
             _refuse(module, self._model, parameters)
             if not self._checked:
@@ -137,8 +141,9 @@ def _refuse(module: nn.Module, model: nn.Module, parameters: Sequence[Tensor]) -
 def _refuse_pipeline(model: nn.Module) -> None:
     """Refuse the stages of torch.distributed.pipelining, and those that Accelerate's prepare_pippy makes.
 
-    Nothing on the model leads to them, so all objects are gone through, which takes up to a second: once, and only
-    where there may be one. A stage asks its process group for its rank when it is made.
+    Nothing on the model leads to them, so all objects are gone through, which takes up to a second: before the first
+    pass and the first step, and only where there may be one. A stage asks its process group for its rank when it is
+    made.
     """
     package = sys.modules.get("torch.distributed.pipelining.stage")
     if package is None or not distributed.is_initialized():

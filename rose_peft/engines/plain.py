@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..errors import UnsupportedEngineError
 from ..optimizers import owned_groups
 from .seam import Group, Part, Turn
 
@@ -55,6 +57,11 @@ class Plain:
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if ddp is not None and not self.process_groups and any(module is self._host for module in ddp.modules()):
             self.process_groups = [ddp.process_group]
+        elif ddp is None and not self.process_groups and _reduces_in_python():
+            raise UnsupportedEngineError(
+                "torch._dynamo.config.optimize_ddp='python_reducer' hides from ROSE which processes train the model. "
+                "Leave it at its default (True)."
+            )
 
     def require_whole(self, parameters: Sequence[Tensor]) -> None:
         """They are."""
@@ -78,3 +85,27 @@ class Plain:
 
     def close(self) -> None:
         """There is nothing on the model."""
+
+
+def refuse_wrapped(host: nn.Module) -> None:
+    """Refuse a model around which DDP is already: it is seen from inside only.
+
+    Args:
+        host: The module whose forward call is to be observed.
+
+    Raises:
+        UnsupportedEngineError: If one of its modules is DDP's.
+    """
+    if any(isinstance(module, DistributedDataParallel) for module in host.modules()):
+        raise UnsupportedEngineError(
+            "attach_rose got a model that DistributedDataParallel is around, where it cannot tell which processes "
+            "train it. Attach ROSE to the model inside, attach_rose(model.module, config), or before "
+            "accelerator.prepare."
+        )
+
+
+def _reduces_in_python() -> bool:
+    """Whether DDP would call the module without a mark."""
+    config = sys.modules.get("torch._dynamo.config")
+    mode = str(getattr(config, "optimize_ddp", ""))
+    return mode.startswith("python_reducer") and dist.is_initialized() and dist.get_world_size() > 1

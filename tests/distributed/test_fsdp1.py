@@ -27,6 +27,17 @@ def test_fsdp1_is_refused(group: None, use_orig_params: bool, nested: bool, stra
 
 
 @pytest.mark.parametrize("strategy", ["second_order", "ensemble"])
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused_when_it_comes_after_a_pass(group: None, use_orig_params: bool, strategy: str) -> None:
+    model = tiny_bert()
+    attach_rose(model, ROSEConfig(task_type="SEQ_CLS", strategy=strategy))
+    model(**batch(model))
+    network = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedEngineError, match="Use FSDP2"):
+        network(**batch(tiny_bert()))
+
+
+@pytest.mark.parametrize("strategy", ["second_order", "ensemble"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_fsdp2_is_not_taken_for_it(group: None, nested: bool, strategy: str) -> None:
     model = tiny_bert()
