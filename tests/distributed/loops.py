@@ -127,7 +127,8 @@ def plain_loop(model: nn.Module, cell: Cell) -> None:
 @contextmanager
 def accelerate_state(engine: str, mixed_precision: str) -> Iterator[None]:
     """Start Accelerate anew, as `accelerate launch` does in a process of its own."""
-    environment = {"ACCELERATE_USE_CPU": "true"}
+    # Told to use the CPU, Accelerate takes no DeepSpeed; it finds the CPU itself.
+    environment = {} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "true"}
     sharded = engine in ("fsdp1", "fsdp2")
     if sharded:
         environment = {**SHARDED, "FSDP_VERSION": engine[-1], "ACCELERATE_TORCH_DEVICE": "cpu"}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -77,6 +78,7 @@ class Accelerated:
             }
             plugin = {"deepspeed_plugin": DeepSpeedPlugin(hf_ds_config=config)}
         self.accelerator = Accelerator(**plugin)
+        assert (self.accelerator.distributed_type == DistributedType.DEEPSPEED) == (engine == "zero2")
         self.engine = engine
         optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
