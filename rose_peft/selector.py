@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import ROSEConfig
@@ -17,7 +17,7 @@ from .dropout import TrainingDropout
 from .engines.plain import refuse_wrapped
 from .engines.seam import Engine, Group
 from .engines.zero import refuse_split
-from .errors import AlreadyAttachedError, UnsupportedOptimizerError
+from .errors import AlreadyAttachedError, UnsupportedEngineError, UnsupportedOptimizerError
 from .flights import Flight, Flights
 from .gather import gather
 from .homes import Homes
@@ -73,6 +73,7 @@ class RoseSelector:
         self.steps_taken = 0
         # Those it has begun, without a gradient too: where processes differ in them they have gone apart.
         self._steps_begun = 0
+        self._refused = False
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
@@ -198,7 +199,7 @@ class RoseSelector:
         if not held:
             for steered in self._training():
                 waiting = self.live.parameters(steered.name)
-                self.passes.around.before_step([param for _, param in waiting])
+                self._refuse_engine(steered, [param for _, param in waiting])
                 steered.watchdog.foreign_step(optimizer, waiting)
             return
         refuse_closure(args, kwargs)
@@ -249,6 +250,20 @@ class RoseSelector:
         return decide(steered.config, self.scores, gathered)
 
     # What is refused ------------------------------------------------------------------------------------------------
+
+    def _refuse_engine(self, steered: Steered, waiting: Sequence[Tensor]) -> None:
+        """Refuse an engine that steps what no optimizer holds; again only after further passes.
+
+        A model that was refused once may still be about when another is trained, whose steps are none of its own.
+        """
+        if self._refused and not steered.window.calls:
+            return
+        try:
+            self.passes.around.before_step(waiting)
+        except UnsupportedEngineError:
+            self._refused = True
+            steered.window.forget()
+            raise
 
     def _makes_state(self, optimizer: Optimizer) -> bool:
         """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""

@@ -106,6 +106,7 @@ def test_marks_without_an_engine_are_refused() -> None:
         torch.optim.AdamW([copy]).step()
     with pytest.raises(rose_peft.UnsupportedEngineError, match="bear the marks of DeepSpeed"):
         model(**batch(model))
+    torch.optim.AdamW([copy]).step()  # said once: other models may be trained beside it
 
 
 def test_parameters_that_are_split_already_are_refused() -> None:

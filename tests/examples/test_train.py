@@ -641,7 +641,7 @@ def test_two_processes_count_every_example_once_and_agree_on_errors(inputs: dict
     assert done.stdout.count("models, results.json and masks.png") == 1
     results = json.loads((output / "results.json").read_text())
     assert results["processes"] == 2 and results["steps"] == 3 and results["best"]["clean"]["n"] == 47
-    assert results["best"]["robust"]["n"] == 48
+    assert results["best"]["robust"]["AdvGLUE"]["n"] == 48
     for more, message in (((), "holds another run"), (("--resume", "--seed", "1"), "seed=1 differs from 0")):
         refused = _torchrun([*command, *more])
         lines = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
