@@ -73,7 +73,6 @@ class RoseSelector:
         self.steps_taken = 0
         # Those it has begun, without a gradient too: where processes differ in them they have gone apart.
         self._steps_begun = 0
-        self._refused = False
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
@@ -256,12 +255,11 @@ class RoseSelector:
 
         A model that was refused once may still be about when another is trained, whose steps are none of its own.
         """
-        if self._refused and not steered.window.calls:
+        if self.passes.around.refused and not steered.window.calls:
             return
         try:
             self.passes.around.before_step(waiting)
         except UnsupportedEngineError:
-            self._refused = True
             steered.window.forget()
             raise
 

@@ -33,6 +33,8 @@ class EngineFinder:
         self._model = model
         self._backward = backward
         self._looked = self._checked = self._stepped = self._managed = False
+        # Whether DeepSpeed was found to be around the model in a way that cannot be read.
+        self.refused = False
         self.engine: Engine = Plain(host)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class EngineFinder:
         self.check(module, parameters)
         # ZeRO may come later than the first pass, as in a notebook.
         if not self._looked or (is_marked(parameters) and not isinstance(self.engine, Zero)):
-            zero = find_zero(self.host, parameters)
+            zero = self._find_zero(parameters)
             if zero is not None:
                 self._become(zero)
             elif sharded_modules(self._model):
@@ -95,9 +97,16 @@ class EngineFinder:
             _refuse_pipeline(self._model)
         self._find_shards(parameters)
         if is_marked(parameters) and not isinstance(self.engine, Zero):
-            zero = find_zero(self.host, parameters)
+            zero = self._find_zero(parameters)
             if zero is not None:
                 self._become(zero)
+
+    def _find_zero(self, parameters: Sequence[Tensor]) -> Zero | None:
+        try:
+            return find_zero(self.host, parameters)
+        except UnsupportedEngineError:
+            self.refused = True
+            raise
 
     def _find_shards(self, parameters: Sequence[Tensor]) -> None:
         if not any(isinstance(param, DTensor) for param in parameters):
