@@ -6,9 +6,11 @@ VENV5 := .venv-transformers5$(OF_PYTHON)
 VENV_DOCS := .venv-docs$(OF_PYTHON)
 VENV_PACKAGE := .venv-package$(OF_PYTHON)
 
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-transformers5 test-distributed test-slow quality docs package clean
 
-demo: $(VENV4)/.installed
+demo: $(VENV4)/.examples
 	$(VENV4)/bin/python examples/train.py --output_dir runs/demo --overwrite
 
 # CPU tests gain nothing from threads, and one thread makes them repeatable to the last bit. Processes do help; tests of
@@ -49,31 +51,38 @@ package: $(VENV_PACKAGE)/.installed
 	.ci/use-wheel $(PYTHON) build/package/*.whl build/empty
 	rm -rf build/empty
 
-$(VENV4)/.installed: pyproject.toml .ci/constraints-transformers4.txt
+# Modules are compiled when they are first imported (and kept): most never are, and compiling all of them doubles the
+# time that an environment takes.
+# The demo does not wait for what only tests and attacks need.
+$(VENV4)/.examples: pyproject.toml .ci/constraints-transformers4.txt
 	$(PYTHON) -m venv $(VENV4)
-	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt torch
-	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt --editable '.[attack,dev,quantized]'
+	$(VENV4)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers4.txt torch
+	$(VENV4)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers4.txt --editable '.[examples]'
+	touch $@
+
+$(VENV4)/.installed: $(VENV4)/.examples
+	$(VENV4)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers4.txt --editable '.[attack,dev,quantized]'
 	touch $@
 
 # Only what starts several processes needs DeepSpeed, which is built at its installation.
 $(VENV4)/.deepspeed: $(VENV4)/.installed
-	$(VENV4)/bin/pip install --quiet --constraint .ci/constraints-transformers4.txt --editable '.[deepspeed]'
+	$(VENV4)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers4.txt --editable '.[deepspeed]'
 	touch $@
 
 $(VENV5)/.installed: pyproject.toml .ci/constraints-transformers5.txt
 	$(PYTHON) -m venv $(VENV5)
-	$(VENV5)/bin/pip install --quiet --constraint .ci/constraints-transformers5.txt torch
-	$(VENV5)/bin/pip install --quiet --constraint .ci/constraints-transformers5.txt --editable '.[dev]'
+	$(VENV5)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers5.txt torch
+	$(VENV5)/bin/pip install --quiet --no-compile --constraint .ci/constraints-transformers5.txt --editable '.[dev]'
 	touch $@
 
 $(VENV_DOCS)/.installed: .ci/constraints-docs.txt
 	$(PYTHON) -m venv $(VENV_DOCS)
-	$(VENV_DOCS)/bin/pip install --quiet --constraint .ci/constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
+	$(VENV_DOCS)/bin/pip install --quiet --no-compile --constraint .ci/constraints-docs.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 $(VENV_PACKAGE)/.installed: .ci/constraints-docs.txt
 	$(PYTHON) -m venv $(VENV_PACKAGE)
-	$(VENV_PACKAGE)/bin/pip install --quiet --constraint .ci/constraints-docs.txt build twine
+	$(VENV_PACKAGE)/bin/pip install --quiet --no-compile --constraint .ci/constraints-docs.txt build twine
 	touch $@
 
 clean:

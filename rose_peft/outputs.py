@@ -85,6 +85,25 @@ def logits_of(output: Any, model: nn.Module | None = None) -> tuple[Tensor, ...]
     )
 
 
+def asking_for_logits(output: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call a model with once more to get the logits that it left out of an output, for its loss needs none.
+
+    TRL's trainers ask for log-probabilities, or take the loss in chunks; Liger's kernels fuse it with the head.
+
+    Args:
+        output: What the model returned.
+        kwargs: Keyword arguments of that call.
+
+    Returns:
+        Keyword arguments in the place of those of that call; none where the output has logits.
+    """
+    if kwargs.get("fused_lm_head"):
+        return {"fused_lm_head": False}
+    if getattr(output, "logits", output) is None and loss_of(output) is not None:
+        return {name: None for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
+    return {}
+
+
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss in what a model returned, or None where it computed none."""
     if isinstance(output, Mapping):

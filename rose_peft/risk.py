@@ -16,7 +16,7 @@ from .decision import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
 from .norms import IndexedTensors, add_per_unit, local_part, norms_of, squares
-from .outputs import is_causal, logits_of, loss_of, tensors_of, with_loss
+from .outputs import asking_for_logits, is_causal, logits_of, loss_of, tensors_of, with_loss
 
 # What a window counts besides norms: passes that were finite, skipped, equal and whole, and processes without any.
 COUNTS = 5
@@ -92,10 +92,10 @@ def paired_pass(call: Call, output: Any, head: Head) -> tuple[Tensor, Tensor, An
         The divergence, whether both outputs are equal, and the output with the mean loss of both passes in it (the
         output itself where the model computed no loss).
     """
-    # TRL's trainers ask for log-probabilities and no logits, so the first pass says nothing: two more do.
-    fused = {"fused_lm_head": False} if call.kwargs.get("fused_lm_head") else {}
-    first = call.again(**fused) if fused else output
-    second = call.again(**fused)
+    # Where the first pass left its logits out it says nothing: two more do.
+    asking = asking_for_logits(output, call.kwargs)
+    first = call.again(**asking) if asking else output
+    second = call.again(**asking)
     value, equal = head.divergence(head.logits(first), head.logits(second), call.kwargs)
     losses = loss_of(output), loss_of(second)
     if losses[0] is not None and losses[1] is not None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .inputs import take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
+from .outputs import asking_for_logits
 from .risk import Call, Head, RiskWindow
 
 
@@ -24,10 +26,12 @@ class Sample:
 
     Args:
         call: With those rows as its inputs, and without the user's caches.
+        asking: Keyword arguments in the place of the call's, for a model that left its logits out.
         whole: Whether it is the whole batch, because its rows cannot be taken apart.
     """
 
     call: Call
+    asking: dict[str, Any]
     whole: bool
 
 
@@ -40,11 +44,10 @@ def take_sample(call: Call, output: object, head: Head, fraction: float) -> Samp
         head: What the logits mean.
         fraction: Share of the rows, in (0, 1].
     """
-    fused = bool(call.kwargs.get("fused_lm_head"))  # TRL's trainers ask for log-probabilities and no logits
-    results = [] if fused else [len(part) for part in head.logits(output)]
+    asking = asking_for_logits(output, call.kwargs)
+    results = [] if asking else [len(part) for part in head.logits(output)]
     rows = take_rows(call.args, without_cache(call.args, call.kwargs), fraction, results)
-    kwargs = {**rows.kwargs, "fused_lm_head": False} if fused else rows.kwargs
-    return Sample(Call(call.module, rows.args, kwargs, {}), rows.index is None)
+    return Sample(Call(call.module, rows.args, rows.kwargs, {}), asking, rows.index is None)
 
 
 def sampled_pass(
@@ -63,7 +66,7 @@ def sampled_pass(
         parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
         scale: Factor on the divergence before its gradient is taken.
     """
-    first, second = head.logits(sample.call.again()), head.logits(sample.call.again())
+    first, second = (head.logits(sample.call.again(**sample.asking)) for _ in range(2))
     value, equal = head.divergence(first, second, sample.call.kwargs)
     # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
     inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))

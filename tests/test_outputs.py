@@ -29,14 +29,52 @@ def mean_square(output: Any) -> Tensor:
     return (output if isinstance(output, Tensor) else output.logits).square().mean()
 
 
+# A loss without logits ----------------------------------------------------------------------------------------------
+
+
+class Chunked(LlamaForCausalLM):
+    """As TRL's chunked loss and Liger's fused one: with labels there is a loss, and there are no logits."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output.logits = None
+        return output
+
+
+@pytest.mark.parametrize("risk_pass", ["sampled", "paired"])
+def test_a_model_that_leaves_its_logits_out_is_asked_for_them(risk_pass: str) -> None:
+    """Its scores are those of a model that gives them, from the same draws; its loss is its own."""
+
+    def step(chunked: bool) -> tuple[Tensor, dict[str, float]]:
+        model = tiny_llama(Chunked if chunked else LlamaForCausalLM)
+        selector = attach_rose(model, ROSEConfig(strategy="first_order", risk_pass=risk_pass))
+        model.train()
+        labels = sentence().clone()
+        labels[:, :3] = -100  # what does not count
+        torch.manual_seed(1)
+        if risk_pass == "paired" and not chunked:
+            with torch.no_grad():
+                model(input_ids=sentence(), labels=labels)  # draws what the chunked pass draws, which tells nothing
+        loss = model(input_ids=sentence(), labels=labels).loss
+        loss.backward()
+        optimizer_of(model).step()
+        return loss.detach(), {name: unit.first_order_score for name, unit in selector.statistics().units.items()}
+
+    losses, scores = zip(step(True), step(False), strict=True)
+    assert scores[0] == scores[1] and all(score > 0 for score in scores[0].values())
+    if risk_pass == "sampled":
+        assert torch.equal(losses[0], losses[1])
+
+
 # A cache of the user's ----------------------------------------------------------------------------------------------
 
 
-def tiny_llama() -> nn.Module:
+def tiny_llama(kind: type[LlamaForCausalLM] = LlamaForCausalLM) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "attention_dropout": 0.3, "initializer_range": 0.2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="eager"))
+    return kind(LlamaConfig(**sizes, **heads, attn_implementation="eager"))
 
 
 def sentence(length: int = 6, seed: int = 0) -> Tensor:

@@ -59,7 +59,7 @@ def review(rng: random.Random, split: str) -> dict[str, str | int]:
     return {"sentence": text, "label": label}
 
 
-def demo_splits(train: int = 800, test: int = 400, seed: int = 0) -> dict[str, Dataset]:
+def demo_splits(train: int = 1280, test: int = 240, seed: int = 0) -> dict[str, Dataset]:
     """Make the splits.
 
     Args:

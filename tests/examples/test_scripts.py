@@ -61,5 +61,5 @@ def test_a_language_model_is_tuned(name: str, package: str, tmp_path: Path, inpu
 def test_evaluating_writes_a_result(inputs, tmp_path: Path) -> None:
     result = evaluate.main([inputs["model"], "--output_dir", str(tmp_path)])
     assert load_result(tmp_path / "evaluate.result.json") == result
-    assert result.get("clean_accuracy").n == result.get("robust_accuracy", "turned cue").n == 400
-    assert result.get("flipped_share", "dropout").n == 400
+    assert result.get("clean_accuracy").n == result.get("robust_accuracy", "turned cue").n == 240
+    assert result.get("flipped_share", "dropout").n == 240

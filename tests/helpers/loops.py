@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,13 +195,22 @@ def sft_loop(model: nn.Module, folder: Path) -> None:
     sft_trainer(model, folder, **PLAIN_SFT).train()
 
 
+def fused_sft() -> bool:
+    """Whether TRL asks for log-probabilities; before 1.16 (the last for Python 3.10) its loss is taken in chunks."""
+    return hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
+
+
 def plain_sft_loop(model: nn.Module, folder: Path) -> None:
     sft_trainer(model, folder, **PLAIN_SFT)  # gives the model the head that computes log-probabilities without logits
     optimizer, scheduler = optimizer_of(model)
     for number, batch in enumerate(loader(), start=1):
         batch = next_tokens(batch)
-        output = model(**batch, attention_mask=torch.ones_like(batch["labels"]), fused_lm_head=True)
-        (-output.log_probs.sum() / (ACCUMULATION * (batch["labels"] != -100).sum())).backward()
+        batch["attention_mask"] = torch.ones_like(batch["labels"])
+        items = ACCUMULATION * (batch["labels"] != -100).sum()
+        if fused_sft():
+            (-model(**batch, fused_lm_head=True).log_probs.sum() / items).backward()
+        else:
+            model(**batch, num_items_in_batch=items).loss.backward()
         if number % ACCUMULATION == 0:
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
