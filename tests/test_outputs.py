@@ -32,7 +32,7 @@ def mean_square(output: Any) -> Tensor:
 # A loss without logits ----------------------------------------------------------------------------------------------
 
 
-class Chunked(LlamaForCausalLM):
+class ChunkedForCausalLM(LlamaForCausalLM):
     """As TRL's chunked loss and Liger's fused one: with labels there is a loss, and there are no logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ def test_a_model_that_leaves_its_logits_out_is_asked_for_them(risk_pass: str) ->
     """Its scores are those of a model that gives them, from the same draws; its loss is its own."""
 
     def step(chunked: bool) -> tuple[Tensor, dict[str, float]]:
-        model = tiny_llama(Chunked if chunked else LlamaForCausalLM)
+        model = tiny_llama(ChunkedForCausalLM if chunked else LlamaForCausalLM)
         selector = attach_rose(model, ROSEConfig(strategy="first_order", risk_pass=risk_pass))
         model.train()
         labels = sentence().clone()
