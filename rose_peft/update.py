@@ -157,10 +157,10 @@ class MaskedStep:
             alike[item.share, item.rest, item.rule, momentum is None].append((item, momentum))
         for (share, rest, rule, _), pairs in alike.items():
             gradients = [item.part.gradient for item, _ in pairs]
-            # A frozen unit must not see its gradient at all: 0 * NaN is NaN.
-            blended = [torch.zeros_like(grad) for grad in gradients]
             if share > 0:
                 blended = list(torch._foreach_mul(gradients, share))
+            else:  # a frozen unit must not see its gradient at all: 0 * NaN is NaN
+                blended = [torch.zeros_like(grad) for grad in gradients]
             momenta = [m.detach().to(b.dtype) for (_, m), b in zip(pairs, blended, strict=True) if m is not None]
             if rule is not None and momenta:
                 torch._foreach_add_(blended, momenta, alpha=rest * rule.stationary * self._loss_scale)
