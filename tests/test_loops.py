@@ -292,7 +292,6 @@ def test_a_pass_without_logits_is_ranked_by_two_more(tmp_path: Path) -> None:
         torch.optim.AdamW(model.parameters()).step()
         return find_selector(model).state.first_scores
 
-    pytest.importorskip("trl")
     if not fused_sft():
         pytest.skip("this TRL has no head for log-probabilities")
     assert torch.equal(scores(fused=True), scores(fused=False)) and scores(fused=True).isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,8 +195,8 @@ def sft_loop(model: nn.Module, folder: Path) -> None:
 
 
 def fused_sft() -> bool:
-    """Whether TRL asks for log-probabilities; before 1.16 (the last for Python 3.10) its loss is taken in chunks."""
-    return hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head")
+    """Whether TRL asks for log-probabilities; its releases for Python 3.10 take the loss in chunks."""
+    return hasattr(pytest.importorskip("trl.trainer.utils", reason="TRL is not installed"), "add_fused_lm_head")
 
 
 def plain_sft_loop(model: nn.Module, folder: Path) -> None:
