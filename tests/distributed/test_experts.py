@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import transformers as tf
 from torch.nn.parallel import DistributedDataParallel
 
 from rose_peft import ROSEConfig, attach_rose
-from tests.distributed.processes import ROOT
+from tests.distributed.processes import run
 from tests.helpers.experts import few_kinds, tiny_mixture
 
 pytestmark = pytest.mark.distributed
@@ -50,11 +49,8 @@ def train(kind: str, risk_pass: str, output: Path) -> None:
 
 
 def results(ranks: int, *arguments: str) -> list[dict[str, Any]]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(Path(__file__)), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROSE_CHECK_RANKS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = Path(f"{arguments[-1]}.log")
+    run(ranks, [str(Path(__file__)), *arguments], log, 300, ROSE_CHECK_RANKS="1")
     return [torch.load(f"{arguments[-1]}.{rank}") for rank in range(ranks)]
 
 

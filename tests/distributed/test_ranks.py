@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +11,16 @@ import pytest
 import torch
 
 from tests.distributed import processes
-from tests.distributed.processes import ROOT
 from tests.helpers.comparing import worst
 
 pytestmark = pytest.mark.distributed
-
-
-def start(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run the worker with that many processes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(Path(__file__).with_name("worker.py")), engine, strategy, str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROSE_CHECK_RANKS": "1"}
-    return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
+WORKER = str(Path(__file__).with_name("worker.py"))
 
 
 def results(ranks: int, engine: str, strategy: str, output: Path, *options: str) -> list[dict[str, Any]]:
     """Run the worker and return what each rank wrote."""
-    done = start(ranks, engine, strategy, output, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    log = Path(f"{output}.log")
+    processes.run(ranks, [WORKER, engine, strategy, str(output), *options], log, 300, ROSE_CHECK_RANKS="1")
     return [torch.load(f"{output}.{rank}") for rank in range(ranks)]
 
 
@@ -107,7 +97,7 @@ def test_a_nan_loss_on_one_rank_keeps_ranks_together_and_frozen_units_whole(tmp_
 
 def test_an_empty_batch_on_one_rank_ends_all_with_an_error(tmp_path: Path) -> None:
     """Transformers cannot take a batch of no examples; the other rank must not wait for ever."""
-    command = [str(Path(__file__).with_name("worker.py")), "ddp", "ensemble", str(tmp_path / "out"), "--empty_last"]
+    command = [WORKER, "ddp", "ensemble", str(tmp_path / "out"), "--empty_last"]
     codes = processes.wait(processes.start(2, [*command, "--timeout", "10"], tmp_path / "log"), 100)
     assert all(code not in (0, None) for code in codes)
     assert "0 elements" in (tmp_path / "log.1").read_text() and "Error" in (tmp_path / "log.0").read_text()
@@ -124,11 +114,11 @@ def test_a_rank_without_examples_takes_any_with_a_loss_of_zero(tmp_path: Path) -
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_lost_rank_ends_the_others_with_an_error(engine: str, loss: signal.Signals, tmp_path: Path) -> None:
     """Killed, its connections break; hung, the process group's timeout does it."""
-    command = [str(Path(__file__).with_name("worker.py")), engine, "ensemble", str(tmp_path / "out")]
+    command = [WORKER, engine, "ensemble", str(tmp_path / "out")]
     ranks = processes.start(2, [*command, "--steps", "1000000", "--timeout", "10"], tmp_path / "log")
     try:
         processes.until(lambda: all((tmp_path / f"out.{rank}.began").exists() for rank in (0, 1)), ranks)
-        ranks[1].send_signal(loss)
+        os.kill(ranks[1].pid, loss)
         (code,) = processes.wait(ranks[:1], 40)  # the timeout, and the end of a process on a busy machine
     finally:
         processes.kill(ranks)
@@ -137,6 +127,8 @@ def test_a_lost_rank_ends_the_others_with_an_error(engine: str, loss: signal.Sig
 
 
 def test_the_rank_check_names_the_first_unit_that_differs(tmp_path: Path) -> None:
-    done = start(2, "ddp", "second_order", tmp_path / "out", "--diverge_at", "3")
-    assert done.returncode != 0
-    assert "RankMismatchError: mask of unit 'bert.encoder.layer." in done.stderr
+    command = [WORKER, "ddp", "second_order", str(tmp_path / "out"), "--diverge_at", "3"]
+    codes = processes.wait(processes.start(2, command, tmp_path / "log", ROSE_CHECK_RANKS="1"), 100)
+    assert all(code not in (0, None) for code in codes)
+    printed = "".join((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    assert "RankMismatchError: mask of unit 'bert.encoder.layer." in printed

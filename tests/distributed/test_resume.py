@@ -9,19 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.processes import ROOT, kill, start, until, wait
+from tests.distributed.processes import ROOT, kill, run, start, until
 from tests.helpers.task import assert_same_run, options
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(3000)]
 FEW_AND_MANY = [pytest.param(2, id="2 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.slow)]
 # Accelerate calls the device of one of several CPU processes "cpu:0"; there the Trainer loads no optimizer.
 DEVICE = {"ACCELERATE_TORCH_DEVICE": "cpu"}
-
-
-def run(ranks: int, command: list[str], log: Path, **environment: str) -> None:
-    """Run to the end."""
-    codes = wait(start(ranks, command, log, **environment), 600)
-    assert codes == [0] * ranks, Path(f"{log}.0").read_text()[-3000:]
 
 
 def checkpoints(folder: Path) -> set[tuple[str, int]]:

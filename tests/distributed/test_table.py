@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import rose_peft
 from tests.distributed.cells import CELLS, Cell
 from tests.distributed.conftest import Record
 from tests.distributed.loops import steps_of
-from tests.distributed.processes import ROOT
+from tests.distributed.processes import run
 from tests.helpers.comparing import worst
 from tests.helpers.traffic import expected_bytes
 
@@ -29,11 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cells, from one launch of one process and one of two."""
     folder = tmp_path_factory.mktemp("table")
     script = str(Path(__file__).with_name("table.py"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ROSE_CHECK_RANKS": "1"}
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]):
-        command = [sys.executable, *launcher, script, str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for ranks in (1, 2):
+        run(ranks, [script, str(folder)], folder / f"log.{ranks}", seconds=800, ROSE_CHECK_RANKS="1")
     return folder
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 import rose_peft
 from rose_peft.engines import zero as engine
 from tests.distributed.conftest import Record
-from tests.distributed.processes import ROOT
+from tests.distributed.processes import run
 from tests.distributed.zero import CELLS, SLOW, STEPS, ZeroCell
 from tests.helpers.comparing import worst
 from tests.helpers.tiny import batch, tiny_bert
@@ -25,20 +23,15 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 CLOSE = {"float32": 1e-4, "bf16": 2**-6}
 
 
-def launch(environment: dict[str, str], script: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    file = str(Path(__file__).with_name(script))
-    done = subprocess.run(
-        [*command, file, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(environment: dict[str, str], folder: Path, script: str, *arguments: str) -> None:
+    run(2, [str(Path(__file__).with_name(script)), *arguments], folder / "log", **environment)
 
 
 @pytest.fixture(scope="module")
 def folder(deepspeed_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cells, from one launch."""
     folder = tmp_path_factory.mktemp("zero")
-    launch(deepspeed_environment, "zero.py", str(folder))
+    launch(deepspeed_environment, folder, "zero.py", str(folder))
     return folder
 
 
@@ -52,7 +45,7 @@ def test_cell(cell: ZeroCell, folder: Path, record_outcome: Record) -> None:
 
 @pytest.mark.slow
 def test_deepspeeds_own_optimizer_on_the_cpu(deepspeed_environment: dict[str, str], tmp_path: Path) -> None:
-    launch(deepspeed_environment, "zero.py", str(tmp_path), "slow")
+    launch(deepspeed_environment, tmp_path, "zero.py", str(tmp_path), "slow")
     for cell in SLOW:
         check(cell, tmp_path)
 
@@ -86,7 +79,7 @@ def check(cell: ZeroCell, folder: Path) -> None:
 def test_resumed_equals_uninterrupted(
     deepspeed_environment: dict[str, str], tmp_path: Path, route: str, settings: str
 ) -> None:
-    launch(deepspeed_environment, "resume_zero.py", route, settings, str(tmp_path))
+    launch(deepspeed_environment, tmp_path, "resume_zero.py", route, settings, str(tmp_path))
     for rank in (0, 1):
         one, two = (torch.load(tmp_path / f"{name}.{rank}") for name in ("whole", "resumed"))
         assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])

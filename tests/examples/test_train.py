@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
+from tests.distributed.processes import kill, start
 from tests.helpers.task import assert_same_run, newest, options, weights
 
 ROOT = Path(__file__).parents[2]
@@ -204,23 +204,17 @@ def test_resumed_equals_uninterrupted(
     assert_same_run(whole, broken)
 
 
-def _start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), *arguments]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, text=True)
-
-
 def _kill_and_resume(inputs: dict[str, str], output: Path, more: tuple[str, ...], kills: int, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(kills):
         resume = ("--resume",) if (output / "run.json").exists() else ()
-        process = _start(options(inputs, output, *more, *resume))
+        command = [str(ROOT / "examples" / "train.py"), *options(inputs, output, *more, *resume)]
+        (process,) = start(1, command, output.with_suffix(".log"))
         # Saving at every step, most of the time goes into saves: most kills fall into one.
-        while process.poll() is None and not (output / "checkpoints").exists():
+        while process.is_alive() and not (output / "checkpoints").exists():
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill([process])
         for file in output.rglob("*.safetensors"):  # what has its final name is whole
             if not file.parent.name.endswith(".partial"):
                 load_file(file)
