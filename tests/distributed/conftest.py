@@ -72,7 +72,7 @@ def deepspeed_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     build = (
         "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
     )
-    done = subprocess.run([sys.executable, "-c", build], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", build], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return environment
 
