@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .engines.seam import Group, Part
 from .errors import UnsupportedOptimizerError
@@ -157,19 +158,17 @@ class MaskedStep:
             alike[item.share, item.rest, item.rule, momentum is None].append((item, momentum))
         for (share, rest, rule, _), pairs in alike.items():
             gradients = [item.part.gradient for item, _ in pairs]
-            if share > 0:
-                blended = list(torch._foreach_mul(gradients, share))
-            else:  # a frozen unit must not see its gradient at all: 0 * NaN is NaN
-                blended = [torch.zeros_like(grad) for grad in gradients]
-            momenta = [m.detach().to(b.dtype) for (_, m), b in zip(pairs, blended, strict=True) if m is not None]
-            if rule is not None and momenta:
-                torch._foreach_add_(blended, momenta, alpha=rest * rule.stationary * self._loss_scale)
+            blended = _blend_alike(gradients, [momentum for _, momentum in pairs], share, rest, self._pull(rule))
             for (item, _), grad, value in zip(pairs, gradients, blended, strict=True):
                 if item.part.place is not None:
                     grad.copy_(value)  # the engine throws it away after the step
                     continue
                 self._blended.append(_Blended(item.part.holder, grad, value, value._version))
                 item.part.holder.grad = value
+
+    def _pull(self, rule: MomentumRule | None) -> float:
+        """What a momentum is multiplied with to be the gradient that leaves it as it is, scaled as gradients are."""
+        return 0.0 if rule is None else rule.stationary * self._loss_scale
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -246,6 +245,35 @@ class MaskedStep:
         self._saved = []
         self._ageing = []
         self._watched = []
+
+
+def _blend_alike(
+    gradients: Sequence[Tensor], momenta: Sequence[Tensor | None], share: float, rest: float, pull: float
+) -> list[Tensor]:
+    """Make w g + (1 - w) c m of each gradient g and momentum m.
+
+    Args:
+        gradients: Of one share.
+        momenta: One of the shape of each gradient, or None for all.
+        share: w, in [0, 1).
+        rest: 1 - w.
+        pull: c.
+    """
+    known = [
+        momentum.detach().to(grad.dtype)
+        for momentum, grad in zip(momenta, gradients, strict=True)
+        if momentum is not None
+    ]
+    # Adam's, and not a shard: the memory is gone through once in place of twice.
+    if share > 0 and known and pull == 1 and not any(isinstance(grad, DTensor) for grad in gradients):
+        return list(torch._foreach_lerp(known, list(gradients), share))
+    if share > 0:
+        blended = list(torch._foreach_mul(list(gradients), share))
+    else:  # a frozen unit must not see its gradient at all: 0 * NaN is NaN
+        blended = [torch.zeros_like(grad) for grad in gradients]
+    if known:
+        torch._foreach_add_(blended, known, alpha=rest * pull)
+    return blended
 
 
 def _is_native(optimizer: torch.optim.Optimizer, item: Masked) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as tf
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,39 +23,20 @@ from tests.helpers.experts import few_kinds, tiny_mixture
 pytestmark = pytest.mark.distributed
 STEPS, RANKS = 6, 2
 # What one process does: where an engine has gradients of zeros for experts without tokens, so has that process.
-ALONE = {"ddp": "none", "fsdp2": "zeros", "zero2": "zeros"}
+ALONE = {"ddp": "none", "fsdp2": "zeros"}
 
 
-def under(engine: str, model: nn.Module) -> tuple[nn.Module, Callable[[Tensor], None], Callable[[], None]]:
-    """The model under an engine, its backward pass, and its optimizer step."""
-    options = {"lr": 1e-3, "weight_decay": 0.1}
-    if engine == "zero2":
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")
-        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "steps_per_print": 10**9}
-        optimizer = torch.optim.AdamW(model.parameters(), **options)
-        network, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        return network, network.backward, network.step
-    network = model
+def under(engine: str, model: nn.Module) -> nn.Module:
+    """The model under an engine."""
     if engine in ("ddp", "fsdp2"):
         dist.init_process_group("gloo")
     if engine == "ddp":
-        network = DistributedDataParallel(model, find_unused_parameters=True)
+        return DistributedDataParallel(model, find_unused_parameters=True)
     if engine == "fsdp2":
         for block in model.model.layers:
             fully_shard(block)
-        network = fully_shard(model)
-        network.set_reduce_scatter_unused_params(True)
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
-
-    def step() -> None:
-        for param in model.parameters() if engine == "zeros" else ():
-            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return network, Tensor.backward, step
+        fully_shard(model).set_reduce_scatter_unused_params(True)
+    return model
 
 
 def train(engine: str, kind: str, risk_pass: str, output: Path) -> None:
@@ -66,13 +46,17 @@ def train(engine: str, kind: str, risk_pass: str, output: Path) -> None:
     often: dict[str, Any] = {"risk_interval": 2, "risk_fraction": 0.5} if risk_pass == "sampled" else {}
     config = ROSEConfig(task_type="CAUSAL_LM", risk_pass=risk_pass, upper_quantile=0.6, **often)
     selector = attach_rose(model, config)
-    network, backward, take_step = under(engine, model)
+    network = under(engine, model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     masks = []
     for step in range(STEPS):
         for index in range(rank, RANKS, world):
             torch.manual_seed(10 * step + index)
-            backward(network(**few_kinds(1, seed=RANKS * step + index)).loss * world / RANKS)
-        take_step()
+            (network(**few_kinds(1, seed=RANKS * step + index)).loss * world / RANKS).backward()
+        for param in model.parameters() if engine == "zeros" else ():
+            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+        optimizer.step()
+        optimizer.zero_grad()
         masks.append(selector.state.last_mask.clone())
     weights = list(whole(model.named_parameters()).values())
     reached = selector.state.values["unit_steps"]
@@ -82,24 +66,20 @@ def train(engine: str, kind: str, risk_pass: str, output: Path) -> None:
         dist.destroy_process_group()
 
 
-def results(ranks: int, engine: str, *arguments: str, **environment: str) -> list[dict[str, Any]]:
+def results(ranks: int, engine: str, *arguments: str) -> list[dict[str, Any]]:
     log = Path(f"{arguments[-1]}.log")
-    environment = {"ROSE_CHECK_RANKS": "1", **environment}
-    run(ranks, [str(Path(__file__)), engine, *arguments], log, 300, **environment)
+    run(ranks, [str(Path(__file__)), engine, *arguments], log, 300, ROSE_CHECK_RANKS="1")
     return [torch.load(f"{arguments[-1]}.{rank}") for rank in range(ranks)]
 
 
 @pytest.mark.skipif(int(tf.__version__.split(".")[0]) >= 5, reason="transformers 5 fuses the experts of a layer")
 @pytest.mark.parametrize("risk_pass", ["paired", "sampled"])
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
-def test_experts_that_only_one_process_has_tokens_for(
-    engine: str, kind: str, risk_pass: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    environment = request.getfixturevalue("deepspeed_environment") if engine == "zero2" else {}
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_experts_that_only_one_process_has_tokens_for(engine: str, kind: str, risk_pass: str, tmp_path: Path) -> None:
     (expected,) = results(1, ALONE[engine], kind, risk_pass, str(tmp_path / "one"))
     assert (expected["masks"] == 0).any()
-    for found in results(2, engine, kind, risk_pass, str(tmp_path / "two"), **environment):
+    for found in results(2, engine, kind, risk_pass, str(tmp_path / "two")):
         assert torch.equal(found["masks"], expected["masks"])
         assert torch.equal(found["stepped"], expected["stepped"])
         # Some had no tokens on either.
