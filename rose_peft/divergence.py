@@ -45,6 +45,7 @@ def logits_divergence(
     problem_type: str | None = None,
     causal: bool = False,
     head: str | None = None,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Divergence between the logits of two passes over the same inputs, over the positions that count.
 
@@ -55,14 +56,15 @@ def logits_divergence(
         problem_type: `model.config.problem_type` or None.
         causal: Whether the model is a causal language model.
         head: `ROSEConfig.head`: what the logits mean, where the user says it.
+        rounding: Differences up to this share of the largest logit are none; 0 takes every bit for one.
 
     Returns:
-        The divergence, a scalar, and whether both are equal to the last bit, a bool scalar.
+        The divergence, a scalar, and whether both are equal, a bool scalar.
     """
     total: Tensor | None = None
     equal: Tensor | None = None
     for one, two in zip(first, second, strict=True):
-        same = (one == two).all()
+        same = (one - two).abs().max() <= rounding * one.abs().max() if rounding else (one == two).all()
         equal = same if equal is None else equal & same
         # Positions of a span head (one logit per token) are the classes of a distribution over the sequence.
         counted = counted_positions(one, inputs, causal)

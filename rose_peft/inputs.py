@@ -76,7 +76,7 @@ class Rows:
     Args:
         args: Positional arguments of the forward call, those rows of them.
         kwargs: Keyword arguments, those rows of them.
-        index: Which rows, int64 [k]; None for the whole batch, whose rows cannot be taken apart.
+        index: Which rows, int64 [k times]; None for the whole batch, whose rows cannot be taken apart.
     """
 
     args: tuple[Any, ...]
@@ -84,7 +84,9 @@ class Rows:
     index: Tensor | None
 
 
-def take_rows(args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, results: Sequence[int] = ()) -> Rows:
+def take_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, results: Sequence[int] = (), times: int = 1
+) -> Rows:
     """Take a share of a batch's rows.
 
     Args:
@@ -92,6 +94,7 @@ def take_rows(args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, re
         kwargs: Keyword arguments.
         fraction: Share of the rows, in (0, 1]; one row at least.
         results: Number of rows of each result of the call; without any the inputs tell.
+        times: How often to take them, all of them one time after the other.
     """
     count = results[0] if results else row_count(args, kwargs)
     parts = [_part_of(value, count, name) for name, value in _named(args, kwargs)] if count else []
@@ -100,8 +103,8 @@ def take_rows(args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, re
     if count is None or not apart or (count == 1 and fraction < 1):
         return Rows(args, kwargs, None)
     wanted = math.ceil(fraction * count)
-    index = torch.arange(wanted) * count // wanted
-    if wanted == count:
+    index = (torch.arange(wanted) * count // wanted).repeat(times)
+    if wanted == count and times == 1:
         return Rows(args, kwargs, index)
     taken = tuple(_take(value, index, count, None) for value in args)
     return Rows(taken, {name: _take(value, index, count, name) for name, value in kwargs.items()}, index)

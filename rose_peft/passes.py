@@ -153,7 +153,9 @@ class Passes:
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
-        sample = take_sample(call, output, head, steered.config.risk_fraction)
+        # In the first step by two calls, of which it can be told to the last bit whether dropout makes them differ.
+        at_once = int(steered.state.steps) > 0
+        sample = take_sample(call, output, head, steered.config.risk_fraction, at_once=at_once)
         with self.own(), aside(call.module), self.around.engine.whole_parameters():
             sampled_pass(
                 sample,

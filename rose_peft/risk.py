@@ -66,12 +66,12 @@ class Head:
         return logits_of(output, self.model)
 
     def divergence(
-        self, first: Sequence[Tensor], second: Sequence[Tensor], inputs: dict[str, Any]
+        self, first: Sequence[Tensor], second: Sequence[Tensor], inputs: dict[str, Any], rounding: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Divergence of two passes' logits, and whether they are equal to the last bit."""
+        """Divergence of two passes' logits, and whether they are equal but for rounding."""
         problem_type = getattr(getattr(self.model, "config", None), "problem_type", None)
         causal = is_causal(self.model, self.task_type, self.head)
-        value, equal = logits_divergence(first, second, inputs, problem_type, causal, self.head)
+        value, equal = logits_divergence(first, second, inputs, problem_type, causal, self.head, rounding)
         if not value.requires_grad:
             raise UnsupportedModelError(
                 "the logits do not depend on any trainable parameter, so the dropout divergence has no gradient; "

@@ -35,6 +35,15 @@ def test_rows_are_spread_over_the_batch(count: int, fraction: float) -> None:
     assert rows.index[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
 
 
+@given(st.integers(2, 40), st.floats(0, 1, exclude_min=True))
+def test_rows_taken_twice_come_one_time_after_the_other(count: int, fraction: float) -> None:
+    kwargs = {"input_ids": numbered(count, 2), "texts": [str(row) for row in range(count)], "scale": torch.tensor(2.0)}
+    once, twice = (take_rows((), kwargs, fraction, times=times) for times in (1, 2))
+    assert torch.equal(twice.kwargs["input_ids"], torch.cat([once.kwargs["input_ids"]] * 2))
+    assert twice.kwargs["texts"] == once.kwargs["texts"] * 2 and twice.kwargs["scale"] is kwargs["scale"]
+    assert torch.equal(twice.index, torch.cat([once.index] * 2))
+
+
 class Pair(NamedTuple):
     one: Tensor
     two: Tensor

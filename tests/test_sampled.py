@@ -228,7 +228,7 @@ def test_the_output_is_the_users_own() -> None:
 
 
 def test_it_is_the_batch_that_was_seen_and_not_one_more() -> None:
-    """One pass over the batch, and two over a quarter of it at every fourth step."""
+    """One pass over the batch; at every fourth step two over a quarter of it, in one call after the first step."""
     model = tiny_bert()
     attach_rose(model, sampled(risk_interval=4, risk_fraction=0.25))
     optimizer = adamw(model)
@@ -240,14 +240,19 @@ def test_it_is_the_batch_that_was_seen_and_not_one_more() -> None:
     for number in range(9):
         sizes.append([])
         step(model, optimizer, number, size=10)
-    assert sizes == [[10, 3, 3], [10], [10], [10], [10, 3, 3], [10], [10], [10], [10, 3, 3]]
+    assert sizes == [[10, 3, 3], [10], [10], [10], [10, 6], [10], [10], [10], [10, 6]]
 
 
-def test_the_gradient_runs_through_both_small_passes() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_the_gradient_runs_through_both_small_passes(at_once: bool) -> None:
     """By hand: rows 0, 2 of 4, twice. Through one pass alone norms would be others."""
     model = tiny_bert()
-    selector = attach_rose(model, sampled(risk_fraction=0.5))
+    selector = attach_rose(model, sampled(risk_interval=1, risk_fraction=0.5, risk_smoothing=0.0, **NOTHING_FROZEN))
     inputs = batch(model)
+    if at_once:  # not yet in the first step
+        model(**inputs).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        model.zero_grad()
     logits: list[Tensor] = []
     model.classifier.register_forward_hook(lambda module, args, output: logits.append(output))
     seeds: list[Tensor] = []
@@ -256,10 +261,12 @@ def test_the_gradient_runs_through_both_small_passes() -> None:
     model(**inputs).loss.backward()
     adamw(model).step()
     found = selector.state.risk_average[0] / selector.state.risk_average[1]
-    plain, taken = tiny_bert(), {name: tensor[[0, 2]] for name, tensor in inputs.items()}
-    torch.set_rng_state(seeds[1])  # both passes draw one after the other
-    passes = [plain(**taken).logits for _ in range(2)]
-    assert len(logits) == 3 and all(map(torch.equal, passes, logits[1:]))
+    plain = tiny_bert()
+    torch.set_rng_state(seeds[1])  # both passes draw one after the other, or all of it at once
+    rows = [[0, 2, 0, 2]] if at_once else [[0, 2], [0, 2]]
+    calls = [plain(**{name: tensor[each] for name, tensor in inputs.items()}).logits for each in rows]
+    assert len(logits) == 1 + len(calls) and all(map(torch.equal, calls, logits[1:]))
+    passes = calls[0].chunk(2) if at_once else calls
     one, two = (each.log_softmax(-1) for each in passes)
     value = ((one.exp() - two.exp()) * (one - two)).sum() / 4
     named = dict(plain.named_parameters())
@@ -267,6 +274,61 @@ def test_the_gradient_runs_through_both_small_passes() -> None:
     expected = torch.stack([gradient.double().square().sum() for gradient in gradients])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert not torch.equal(seeds[0], seeds[1]) and not torch.equal(*passes)
+
+
+class Similar(nn.Module):
+    """Logits that compare each row with each other one, as contrastive models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x @ x.T
+
+
+def speech(drops: float) -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 8), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0}
+    config = tf.Wav2Vec2Config(**sizes, **convolutions, **positions, num_labels=3, layerdrop=drops)
+    return tf.Wav2Vec2ForSequenceClassification(config).train()
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "expected"),
+    [
+        (Picture, lambda: pictures(4)(8, 0), [8, 2, 2]),  # statistics over the rows
+        (lambda: vit().train(), lambda: pictures(3)(8, 0), [8, 4]),
+        (Similar, lambda: {"x": torch.randn(8, 8)}, [8, 2, 2]),
+        (lambda: speech(0.1), lambda: {"input_values": torch.randn(8, 400)}, [8, 2, 2]),  # draws layers for all rows
+        (lambda: speech(0.0), lambda: {"input_values": torch.randn(8, 400)}, [8, 4]),
+    ],
+    ids=["batch norm", "vit", "similarities", "layer drop", "no layer drop"],
+)
+def test_both_passes_are_one_call_where_rows_are_apart(
+    build: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]], expected: list[int]
+) -> None:
+    model = build()
+    attach_rose(model, sampled(risk_interval=1, risk_fraction=0.25))
+    optimizer = adamw(model)
+    called, sizes = model.forward, []
+
+    def forward(**kwargs: Tensor) -> Any:  # itself, for our passes go past the hooks of the model
+        sizes.append(len(next(iter(kwargs.values()))))
+        return called(**kwargs)
+
+    model.forward = forward
+    for number in range(2):
+        sizes.clear()
+        output = model(**inputs())
+        logits = output if isinstance(output, Tensor) else output["logits"]
+        logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert sizes == (expected if number else [8, 2, 2])
 
 
 def test_passes_draw_anew_each_time_and_the_same_from_the_same_state() -> None:
@@ -282,7 +344,7 @@ def test_passes_draw_anew_each_time_and_the_same_from_the_same_state() -> None:
             found.append(selector.state.risk_average[0].clone())
         return found
 
-    one, two, three = norms([1, 2, 1])
+    _, one, two, three = norms([3, 1, 2, 1])  # the first step draws in two calls, the others in one
     assert torch.equal(one, three) and not torch.equal(one, two)
 
 

@@ -84,7 +84,7 @@ def test_experts_that_only_one_process_has_tokens_for(engine: str, kind: str, ri
         assert torch.equal(found["stepped"], expected["stepped"])
         # Some had no tokens on either.
         assert (found["stepped"] < STEPS).any() == ((engine, kind) == ("ddp", "mixtral"))
-        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-3, atol=5e-5)
 
 
 if __name__ == "__main__":
