@@ -153,9 +153,7 @@ class Passes:
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
-        # In the first step by two calls, of which it can be told to the last bit whether dropout makes them differ.
-        at_once = int(steered.state.steps) > 0
-        sample = take_sample(call, output, head, steered.config.risk_fraction, at_once=at_once)
+        sample = take_sample(call, output, head, steered.config.risk_fraction)
         with self.own(), aside(call.module), self.around.engine.whole_parameters():
             sampled_pass(
                 sample,
@@ -164,6 +162,7 @@ class Passes:
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
                 scale=float(steered.state.risk_scale),
+                exact=int(steered.state.steps) == 0,
             )
             self._check_hidden_states(sample.call, steered)
         if steered.plan is not None:

@@ -48,8 +48,13 @@ class Sample:
         halves = [part.chunk(2) for part in head.logits(self.twice.again(**self.asking))]
         return [half[0] for half in halves], [half[1] for half in halves]
 
+    def two_calls_are_equal(self, head: Head) -> Tensor:
+        """Whether two calls give the same logits to the last bit, a bool scalar; keeps no graph."""
+        first, second = ([part.detach() for part in head.logits(self.call.again(**self.asking))] for _ in range(2))
+        return torch.stack([(one == two).all() for one, two in zip(first, second, strict=True)]).all()
 
-def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_once: bool) -> Sample:
+
+def take_sample(call: Call, output: object, head: Head, fraction: float) -> Sample:
     """Take some rows of a call, spread over the batch.
 
     Args:
@@ -57,15 +62,14 @@ def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_o
         output: What it returned; it tells how many rows there are.
         head: What the logits mean.
         fraction: Share of the rows, in (0, 1].
-        at_once: Whether both passes may be one call with each row in it twice: half as many kernels, and weights that
-            are gathered once. What is drawn once for a call would be the same in both.
     """
     asking = asking_for_logits(output, call.kwargs)
     logits = () if asking else head.logits(output)
     kwargs, results = without_cache(call.args, call.kwargs), [len(part) for part in logits]
     rows = take_rows(call.args, kwargs, fraction, results)
     twice = None
-    if at_once and rows.index is not None and _rows_are_apart(call.module, logits):
+    # One call takes half as many kernels, gathers weights once, and lets go of each gradient as it comes.
+    if rows.index is not None and _rows_are_apart(call.module, logits):
         doubled = take_rows(call.args, kwargs, fraction, results, times=2)
         twice = Call(call.module, doubled.args, doubled.kwargs, {})
     return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None)
@@ -85,7 +89,13 @@ def _drops_layers(module: nn.Module) -> bool:
 
 
 def sampled_pass(
-    sample: Sample, head: Head, window: RiskWindow, parameters: Callable[[], IndexedTensors], *, scale: float
+    sample: Sample,
+    head: Head,
+    window: RiskWindow,
+    parameters: Callable[[], IndexedTensors],
+    *,
+    scale: float,
+    exact: bool,
 ) -> None:
     """Run two passes over a few rows and keep the norms of the gradient of their divergence.
 
@@ -99,10 +109,13 @@ def sampled_pass(
         window: Where the norms go.
         parameters: Gives (unit index, parameter) of everything that trains, as the modules show them in the pass.
         scale: Factor on the divergence before its gradient is taken.
+        exact: Whether it is worth two calls more to tell to the last bit whether dropout makes passes differ.
     """
     first, second = sample.both(head)
     rounding = 0.0 if sample.twice is None else _ROUNDING
     value, equal = head.divergence(first, second, sample.call.kwargs, rounding)
+    if exact and sample.twice is not None:
+        equal = sample.two_calls_are_equal(head)
     # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
     inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
     retain = any(tensor.requires_grad for tensor in inputs)

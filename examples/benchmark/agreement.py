@@ -175,10 +175,12 @@ def agreement_along(
         due = [one for one in averages if step % one.interval == 0 and (is_point or one.smoothing or one.interval > 1)]
         for fraction in sorted({setting.fraction for setting in due}):
             started = clock()
-            sample = take_sample(call, output, head, fraction, at_once=True)
+            sample = take_sample(call, output, head, fraction)
             with selector.passes.own(), aside(model):
                 mean = square_norms(
-                    lambda window, sample=sample: sampled_pass(sample, head, window, parameters, scale=1.0)
+                    lambda window, sample=sample: sampled_pass(
+                        sample, head, window, parameters, scale=1.0, exact=False
+                    )
                 )
             found.pass_seconds[fraction].append(clock() - started)
             for setting in due:

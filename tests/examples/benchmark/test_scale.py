@@ -41,12 +41,12 @@ def test_more_processes_leave_whole_weights_and_gradients_of_the_risk_pass() -> 
     """By hand, for 1,000 weights in 10 blocks on 100 processes."""
     training = Training(1000.0, 900.0, 10, 100, bucket=10.0)
     assert memory("fsdp2", "second order", training).peak == 120 + 40 + 1000  # backward
-    assert memory("fsdp2", "first order, sampled", training).peak == 120 + 2000 + 1000
+    assert memory("fsdp2", "first order, sampled", training).peak == 120 + 2000 + 500
     assert memory("zero2", "plain", training).peak == 2000 + 120 + 200
     assert memory("zero2", "ensemble, paired", training).peak == 2000 + 120 + 1800 + 500
     assert sent("zero2", "plain", training) == pytest.approx(0.99 * (2 * 2000 + 2000))
     assert sent("fsdp2", "plain", training) == pytest.approx(0.99 * (4000 + 4000))
-    assert sent("fsdp2", "first order, sampled", training) == pytest.approx(0.99 * (8000 + 3800 / 8))
+    assert sent("fsdp2", "first order, sampled", training) == pytest.approx(0.99 * (8000 + 2000 / 8))
 
 
 def test_the_page_shows_the_plan_and_the_figures() -> None:
@@ -57,15 +57,15 @@ def test_the_page_shows_the_plan_and_the_figures() -> None:
 
 
 def test_a_tiny_model_is_measured(tmp_path: Path) -> None:
-    """Weights and momenta in float32; a small pass holds the gradients of the units, and its two graphs of a row."""
+    """Weights and momenta in float32; a small pass lets go of each gradient, a paired one holds those of the units."""
     ways = ["plain", "first order, sampled", "ensemble, paired"]
     scale.main([*TINY, "--ways", *ways, "--output", str(tmp_path / "figures.json")])
     found = json.loads((tmp_path / "figures.json").read_text())
     plain, sampled = found[ways[0]], found[ways[1]]
     assert plain["kept"] == pytest.approx(12 * plain["weights"], rel=0.1)
     assert plain["sent"] == {} and plain["mask"] == 1
-    more = sampled["passes"] - plain["passes"]
-    assert 4 * sampled["unit_weights"] < more < 6 * sampled["unit_weights"]
+    more = {way: found[way]["passes"] - plain["passes"] for way in ways[1:]}
+    assert more[ways[1]] < 2 * sampled["unit_weights"] < 4 * sampled["unit_weights"] < more[ways[2]]
     assert 0 < found[ways[2]]["mask"] < 1
     again = scale.measure(ways[1], "plain", False, (64, 2, 64), 4, 2)
     assert again.passes == sampled["passes"]  # to the byte
