@@ -153,8 +153,9 @@ class Passes:
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
-        sample = take_sample(call, output, head, steered.config.risk_fraction)
-        with self.own(), aside(call.module), self.around.engine.whole_parameters():
+        fraction, engine = steered.config.risk_fraction, self.around.engine
+        sample = take_sample(call, output, head, fraction, at_once=not engine.gathers)
+        with self.own(), aside(call.module), engine.whole_parameters():
             sampled_pass(
                 sample,
                 head,

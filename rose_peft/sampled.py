@@ -54,7 +54,7 @@ class Sample:
         return torch.stack([(one == two).all() for one, two in zip(first, second, strict=True)]).all()
 
 
-def take_sample(call: Call, output: object, head: Head, fraction: float) -> Sample:
+def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_once: bool = True) -> Sample:
     """Take some rows of a call, spread over the batch.
 
     Args:
@@ -62,14 +62,16 @@ def take_sample(call: Call, output: object, head: Head, fraction: float) -> Samp
         output: What it returned; it tells how many rows there are.
         head: What the logits mean.
         fraction: Share of the rows, in (0, 1].
+        at_once: Whether one call may do for both passes. Whether it can depends on the rows, and each process has its
+            own; so not where all of them must call the model equally often.
     """
     asking = asking_for_logits(output, call.kwargs)
     logits = () if asking else head.logits(output)
     kwargs, results = without_cache(call.args, call.kwargs), [len(part) for part in logits]
     rows = take_rows(call.args, kwargs, fraction, results)
     twice = None
-    # One call takes half as many kernels, gathers weights once, and lets go of each gradient as it comes.
-    if rows.index is not None and _rows_are_apart(call.module, logits):
+    # One call takes half as many kernels, and lets go of each gradient as it comes.
+    if at_once and rows.index is not None and _rows_are_apart(call.module, logits):
         doubled = take_rows(call.args, kwargs, fraction, results, times=2)
         twice = Call(call.module, doubled.args, doubled.kwargs, {})
     return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None)

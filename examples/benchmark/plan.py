@@ -86,13 +86,13 @@ def memory(engine: str, way: str, training: Training) -> Memory:
     risk_pass, mixed = WAYS[way]
     if engine == "fsdp2":
         # The graph hangs on whole weights, which make room for their gradients block by block. What is in hand
-        # besides: blocks gathered ahead; of two graphs also the other's, and gradients that wait for the other's.
-        passes = {None: 8 * block, "sampled": 2 * weights + 5 * block, "paired": 2 * weights + 12 * block}[risk_pass]
+        # besides: blocks gathered ahead, those of both graphs, gradients of the one that wait for the other's.
+        passes = {None: 8 * block, "sampled": 2 * weights + 10 * block, "paired": 2 * weights + 12 * block}[risk_pass]
         # Float32 gradients; two blocks gathered, the gradient of one, and what it is reduced from.
         backward = 4 * weights / n + 10 * block
         # A mask between 0 and 1 has a blended gradient and a learning rate of its own.
         return Memory(12 * weights / n, passes, backward, (10 if mixed else 5) * weights / n)
-    # Weights are whole already. Of two graphs gradients of the divergence wait for each other.
+    # Weights are whole already, and both small passes one graph. Gradients of two graphs wait for each other.
     taken = {None: 2 * block, "sampled": 4 * block, "paired": 2 * training.units + 5 * block}
     backward = 2 * weights / n + 2 * training.bucket
     # Units lie in one flat tensor, so that it is let go on and what is frozen put back: copies of weights, momenta.
@@ -112,9 +112,9 @@ def collectives(engine: str, way: str, training: Training, interval: int = RISK_
     weights, block = training.weights, training.weights / training.layers
     if engine == "zero2":
         return {"all-reduce": 2 * weights, "all-gather": 2 * weights}
-    # For the second pass, and, as blocks are given back behind the first graph's gradient, for the second's; the two
-    # small passes are one, with one graph.
-    more = {None: 0.0, "sampled": 2 * weights / interval, "paired": 4 * weights - 2 * block}
+    # For the forward passes, and, as blocks are given back behind the first graph's gradient, for the second's.
+    again = 4 * weights - 2 * block
+    more = {None: 0.0, "sampled": again / interval, "paired": again}
     # For the forward pass, and once more for the backward pass.
     return {"all-gather": 4 * weights + more[WAYS[way][0]], "reduce-scatter": 4 * weights}
 

@@ -27,6 +27,8 @@ class Fsdp2(Plain):
         backward: Called when a gradient arrives on a shard.
     """
 
+    gathers = True
+
     def __init__(self, host: nn.Module, model: nn.Module, backward: Callable[[], None]) -> None:
         super().__init__(host)
         self._model = model

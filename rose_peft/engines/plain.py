@@ -25,6 +25,7 @@ class Plain:
     """
 
     splits = False
+    gathers = False
     optimizer: Optimizer | None = None
 
     def __init__(self, host: nn.Module) -> None:

@@ -63,6 +63,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def gathers(self) -> bool:
+        """Whether a call of the model puts parameters together, so that all processes must call it equally often."""
+        ...
+
+    @property
     def process_groups(self) -> list[dist.ProcessGroup]:
         """The processes that train the model, as groups over which sums run one after the other."""
         ...

@@ -62,6 +62,7 @@ class Zero:
     """
 
     splits = True
+    gathers = False
     sees_backward = True
 
     def __init__(self, engine: Any) -> None:
@@ -196,6 +197,8 @@ class Bf16(Zero):
 
 class Zero3(Zero):
     """Stage 3: parameters are split as well, so that only a pass of its own can see them whole."""
+
+    gathers = True
 
     def _members(self) -> list[list[Tensor]]:
         return self._zero.fp16_groups
