@@ -26,7 +26,7 @@ from rose_peft import get_selector
 from rose_peft.selector import RoseSelector
 from tests.distributed.cells import CELLS, Cell
 from tests.distributed.loops import build, train
-from tests.distributed.worker import RANK, WORLD
+from tests.distributed.worker import RANK, WORLD, draw_as_where_calls_gather
 from tests.helpers.traffic import Counted
 
 
@@ -98,6 +98,7 @@ def main() -> None:
     """Run the cells, and write the result of each as it ends."""
     output, pattern = Path(sys.argv[1]), (sys.argv[2:] or ["*"])[0]
     logging.set_verbosity_error()
+    draw_as_where_calls_gather()
     warnings.simplefilter("ignore")
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))

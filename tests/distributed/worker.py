@@ -22,12 +22,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rose_peft import ROSEConfig, detach_rose, get_selector
+from rose_peft import ROSEConfig, detach_rose, get_selector, sampled
 from tests.helpers.tiny import tiny_bert
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 DDP_OPTIONS = {"ddp": {}, "ddp_unused": {"find_unused_parameters": True}, "ddp_static": {"static_graph": True}}
+
+
+def draw_as_where_calls_gather() -> None:
+    """Make two small calls here too, as under FSDP2 and ZeRO-3: one call for both draws other numbers."""
+    sampled._rows_are_apart = lambda *_: False
 
 
 def build(strategy: str, risk_pass: str = "paired", **fields: float) -> nn.Module:
@@ -79,12 +84,15 @@ def main() -> None:
         "--idle_last", action="store_true", help="the last micro-batch of each step has a loss of zero"
     )
     parser.add_argument("--risk_pass", default="paired")
+    parser.add_argument("--two_calls", action="store_true", help="see draw_as_where_calls_gather")
     parser.add_argument("--rose", default="on", choices=["on", "open", "off"], help="open: nothing is ever frozen")
     parser.add_argument("--timeout", type=int, default=60, help="of the process group, in seconds")
     parser.add_argument("--diverge_at", type=int, default=-1, help="step before which rank 1 loses its momentum")
     args = parser.parse_args()
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    if args.two_calls:
+        draw_as_where_calls_gather()
     model = build(args.strategy, args.risk_pass, **({"upper_quantile": 1.0} if args.rose == "open" else {}))
     selector = get_selector(model)
     if args.rose == "off":

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rose_peft import ROSEConfig, get_selector
 from tests.distributed.cells import Cell
-from tests.distributed.worker import RANK, micro_batch
+from tests.distributed.worker import RANK, draw_as_where_calls_gather, micro_batch
 from tests.helpers.tiny import tiny_bert
 from tests.helpers.traffic import Counted
 
@@ -287,6 +287,7 @@ def main() -> None:
     output, pattern = Path(sys.argv[1]), (sys.argv[2:] or ["*"])[0]
     import deepspeed
 
+    draw_as_where_calls_gather()
     deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60))
     allow_fp16()
     for cell in SLOW if pattern == "slow" else CELLS:
