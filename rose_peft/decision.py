@@ -22,7 +22,7 @@ class RiskFigures:
         square_sum: Squared norms, float64 [U].
         finite: Number of passes whose gradient was finite.
         skipped: Number of passes whose gradient was not.
-        equal: Number of passes whose outputs were equal to the last bit.
+        equal: Number of passes whose outputs were equal, but for rounding where both were one call.
         whole: Number of sampled passes that took the whole batch.
         bypassed: Number of processes whose gradients come from calls that went past the hook.
     """

@@ -56,7 +56,7 @@ def logits_divergence(
         problem_type: `model.config.problem_type` or None.
         causal: Whether the model is a causal language model.
         head: `ROSEConfig.head`: what the logits mean, where the user says it.
-        rounding: Differences up to this share of the largest logit are none; 0 takes every bit for one.
+        rounding: Differences up to this share of a logit, or of the largest, are none; 0 takes every bit for one.
 
     Returns:
         The divergence, a scalar, and whether both are equal, a bool scalar.
@@ -64,7 +64,7 @@ def logits_divergence(
     total: Tensor | None = None
     equal: Tensor | None = None
     for one, two in zip(first, second, strict=True):
-        same = (one - two).abs().max() <= rounding * one.abs().max() if rounding else (one == two).all()
+        same = _are_equal(one, two, rounding)
         equal = same if equal is None else equal & same
         # Positions of a span head (one logit per token) are the classes of a distribution over the sequence.
         counted = counted_positions(one, inputs, causal)
@@ -74,3 +74,17 @@ def logits_divergence(
         total = part if total is None else total + part
     assert total is not None and equal is not None  # there is at least one tensor of logits
     return total, equal
+
+
+# Logits beyond it are masks (-1e4, the least number there is), next to which every difference would be rounding.
+_LARGEST_LOGIT = 1e3
+
+
+def _are_equal(one: Tensor, two: Tensor, rounding: float) -> Tensor:
+    """Whether two tensors are equal but for rounding, a bool scalar; NaN equals nothing."""
+    same = one == two
+    if rounding:
+        size = one.abs()
+        largest = size.where(size < _LARGEST_LOGIT, 0).max()
+        same = same | ((one - two).abs() <= rounding * size.maximum(largest))
+    return same.all()

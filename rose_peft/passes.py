@@ -163,7 +163,7 @@ class Passes:
                 # Under FSDP2 the modules show whole parameters during the pass only.
                 lambda: self._live.parameters(steered.name),
                 scale=float(steered.state.risk_scale),
-                exact=int(steered.state.steps) == 0,
+                exact=not steered.watchdog.passes_differed,
             )
             self._check_hidden_states(sample.call, steered)
         if steered.plan is not None:

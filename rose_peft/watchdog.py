@@ -46,6 +46,8 @@ class Watchdog:
         self._previous: list[Tensor] | None = None
         self._frozen_steps = 0
         self._idle_steps = 0
+        # Until risk passes have differed once, it is worth its price to compare them to the last bit.
+        self.passes_differed = False
         self._stepped = _GradientMark()
 
     def __getstate__(self) -> dict[str, object]:
@@ -181,6 +183,7 @@ class Watchdog:
         all_equal = risk.equal == risk.passes
         idle = all_equal or risk.skipped == risk.passes
         self._idle_steps = self._idle_steps + 1 if idle else 0
+        self.passes_differed |= risk.finite > risk.equal
         if all_equal:
             self._check_dropout()
         if self._idle_steps > IDLE_STEPS:

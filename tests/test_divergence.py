@@ -259,3 +259,25 @@ def test_loss_of_and_with_loss():
     assert output.loss is new and output["loss"] is new and output[0] is new
     changed = with_loss((loss, "rest"), new)
     assert changed == (new, "rest") and changed[0] is new
+
+
+# Equal but for rounding -------------------------------------------------------------------------------------------
+
+MASKS = [float("-inf"), torch.finfo(torch.float32).min, -1e30, -1e4]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masked_logits_do_not_make_all_others_equal(mask: float) -> None:
+    one = torch.tensor([[1.0, -2.0, mask], [0.5, mask, 3.0]])
+    for change, expected in ((0.0, True), (1e-6, True), (1e-3, False)):
+        two = torch.where(one > -100, one + change, one)
+        assert bool(logits_divergence([one], [two], {}, rounding=2**-17)[1]) == expected
+        assert bool(logits_divergence([one], [two], {})[1]) == (change == 0)
+
+
+def test_nothing_equals_nan_and_large_targets_are_compared_one_by_one() -> None:
+    nan = torch.tensor([[float("nan"), 1.0]])
+    assert not logits_divergence([nan], [nan], {}, rounding=2**-17)[1]
+    one = torch.tensor([[5e4], [2e3]])
+    assert logits_divergence([one], [one * (1 + 1e-6)], {}, rounding=2**-17)[1]
+    assert not logits_divergence([one], [one + torch.tensor([[0.0], [0.1]])], {}, rounding=2**-17)[1]

@@ -575,6 +575,50 @@ def test_dropout_that_goes_out_later_is_an_error_in_that_step() -> None:
         step(model, optimizer, 1)
 
 
+class PerCall(nn.Module):
+    """Noise that is drawn once for all rows of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * (1 + 0.1 * torch.rand(8))
+        return x[:, :3]
+
+
+def test_noise_of_a_whole_call_alone_is_an_error_in_the_first_step() -> None:
+    """Two calls differ, and the halves of one do not: there is nothing to rank by."""
+    model = PerCall()
+    attach_rose(model, sampled(risk_fraction=0.5))
+    model(torch.randn(8, 8)).square().sum().backward()
+    with pytest.raises(RoseInactiveError, match="no active dropout"):
+        adamw(model).step()
+
+
+def test_passes_are_looked_at_closely_until_they_have_differed() -> None:
+    """Also after resuming: a model that was made without dropout must not rank by what is rounded otherwise."""
+    model = tiny_bert()
+    attach_rose(model, sampled(risk_interval=1, risk_fraction=0.25))
+    optimizer = adamw(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    again = tiny_bert()
+    attach_rose(again, sampled(risk_interval=1, risk_fraction=0.25))
+    resumed = adamw(again)
+    resumed.load_state_dict(optimizer.state_dict())
+    sizes: list[int] = []
+    again.bert.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs.get("input_ids", args[0] if args else ()))),
+        with_kwargs=True,
+    )
+    step(again, resumed, 3)
+    step(again, resumed, 4)
+    assert get_selector(again).statistics().steps == 5
+    assert sizes == [8, 4, 2, 2, 8, 4]
+
+
 class Beside(nn.Module):
     """Dropout in a branch that the logits do not come from."""
 

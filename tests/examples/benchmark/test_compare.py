@@ -492,6 +492,7 @@ def test_a_task_may_bring_its_own_files(inputs: dict[str, str], tmp_path: Path) 
     found = load_result(tmp_path / "g" / "out" / "reviews" / "plain" / "seed0.result.json")
     assert found.task == "reviews" and found.get("clean_accuracy").n == 20
     assert found.get("robust_accuracy", "rest").n == len(table)
+    assert all("rest" not in epoch["robust"] for epoch in found.config["history"])  # of the best epoch alone
     assert found.get("flipped_share", "dropout").n == found.get("flipped_share", "typos", 0.1).n == 20
     assert (tmp_path / "g" / "out" / "reviews" / "plain" / "cost.result.json").exists()
 
