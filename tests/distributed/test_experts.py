@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rose_peft import ROSEConfig, attach_rose
 from tests.distributed.processes import run
-from tests.distributed.worker import whole
+from tests.distributed.worker import draw_as_where_calls_gather, whole
 from tests.helpers.experts import few_kinds, tiny_mixture
 
 pytestmark = pytest.mark.distributed
@@ -42,6 +42,7 @@ def under(engine: str, model: nn.Module) -> nn.Module:
 def train(engine: str, kind: str, risk_pass: str, output: Path) -> None:
     """Run by each process; micro-batch k of a step, whose tokens are all alike, goes to rank k modulo their number."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    draw_as_where_calls_gather()
     model = tiny_mixture(kind)
     often: dict[str, Any] = {"risk_interval": 2, "risk_fraction": 0.5} if risk_pass == "sampled" else {}
     config = ROSEConfig(task_type="CAUSAL_LM", risk_pass=risk_pass, upper_quantile=0.6, **often)
