@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from .decision import Decision
 from .engines.seam import Turn
+from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
 from .optimizers import owned_groups
 from .state import Record
@@ -148,13 +149,20 @@ class Flights:
                 flight.step.undo()
             self._flights.pop(identity, None)
 
-    def around(self, parameters: set[int]) -> Optimizer | None:
-        """The optimizer whose step is under way and holds any of these parameters.
+    def refuse_nested(self, optimizer: Optimizer, parameters: set[int]) -> None:
+        """Refuse a step of units inside another optimizer's step of the same ones.
 
         Args:
-            parameters: Their identities.
+            optimizer: Whose step begins.
+            parameters: Identities of what it is about to step.
+
+        Raises:
+            UnsupportedOptimizerError: Naming both.
         """
         for flight in self._flights.values():
             if flight.holds(parameters):
-                return flight.optimizer()
-        return None
+                raise UnsupportedOptimizerError(
+                    f"{type(optimizer).__name__} steps units inside the step of "
+                    f"{type(flight.optimizer()).__name__}, which holds them as well, so one mask would act twice. "
+                    "Give each unit to one optimizer."
+                )

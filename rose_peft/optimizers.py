@@ -227,6 +227,17 @@ def loss_scale(optimizer: torch.optim.Optimizer) -> float | None:
     return float(scale) if isinstance(scale, Tensor) else float(scale.get_scale())
 
 
+def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step moves nothing and is an optimizer's first.
+
+    torch.distributed.checkpoint takes one, at a learning rate of zero, to have a state that it can load into.
+
+    Args:
+        optimizer: About to step.
+    """
+    return not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+
+
 def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a step whose gradients are made inside it.
 

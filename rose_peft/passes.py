@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .ahead import check_can_skip, plan
 from .distributed import Processes
 from .dropout import has_dropout_up_to
 from .engines.finding import EngineFinder
+from .errors import UnsupportedEngineError
 from .inputs import cache_before
 from .norms import IndexedTensors
 from .outputs import tensors_of
@@ -124,6 +126,27 @@ class Passes:
             if steered.plan is not None:
                 self._hold_back_in_backward(steered, output)
         return None if output is given else output
+
+    def stepped_without(self, optimizer: Optimizer) -> None:
+        """Look at a step of an optimizer that holds no unit: its engine may hide them, or it misses them.
+
+        Args:
+            optimizer: About to step.
+
+        Raises:
+            UnsupportedEngineError: If the engine steps what no optimizer shows.
+            RoseInactiveError: If the optimizer holds only what does not train, step after step.
+        """
+        for steered in self._training():
+            parameters = self._live.parameters(steered.name)
+            # A model that was refused once may still be about while another trains, whose steps are none of its own.
+            if not self.around.refused or steered.window.calls:
+                try:
+                    self.around.before_step([param for _, param in parameters])
+                except UnsupportedEngineError:
+                    steered.window.forget()
+                    raise
+            steered.watchdog.foreign_step(optimizer, parameters)
 
     def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
         check_can_skip(self.around.host, self._processes, self.around.engine.splits)

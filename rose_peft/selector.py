@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from .attached import SELECTOR, refuse_overlap
 from .config import ROSEConfig
 from .decision import Decision, Gathered, decide
 from .distributed import Processes
@@ -17,21 +18,18 @@ from .dropout import TrainingDropout
 from .engines.plain import refuse_wrapped
 from .engines.seam import Engine, Group
 from .engines.zero import refuse_split
-from .errors import AlreadyAttachedError, UnsupportedEngineError, UnsupportedOptimizerError
 from .flights import Flight, Flights
 from .gather import gather
 from .homes import Homes
-from .hooks import ForwardHooks, observers, unwatch_steps, watch_steps
+from .hooks import ForwardHooks, unwatch_steps, watch_steps
 from .norms import IndexedTensors
-from .optimizers import loss_scale, refuse_closure
+from .optimizers import loss_scale, only_makes_state, refuse_closure
 from .passes import Passes
 from .scores import Scores, Stepping
 from .state import RoseStatistics, SelectionState
-from .steered import Steered, nothing, steer
+from .steered import Adapters, Steered
 from .units import LiveUnits, Unit
 from .update import masked_parameters
-
-_SELECTOR = "_rose_selector"
 
 
 class RoseSelector:
@@ -60,15 +58,14 @@ class RoseSelector:
         scores: Scores | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        _refuse_overlap(host, model)
+        refuse_overlap(host, model)
         refuse_wrapped(host)
         self.host, self.model = host, model
         self.scores = scores if scores is not None else Scores()
         self.processes = Processes(process_group)
         self.live = LiveUnits(model, config)
         refuse_split([param for name in self.live.by_adapter for _, param in self.live.all_parameters(name)])
-        self.adapters = steer(self.live, host, {})
-        self._current = ""
+        self.adapters = Adapters(self.live, host)
         # Masked steps in this process; the state's count goes back with a checkpoint.
         self.steps_taken = 0
         # Those it has begun, without a gradient too: where processes differ in them they have gone apart.
@@ -78,9 +75,9 @@ class RoseSelector:
         self._dropout: TrainingDropout | None = None
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self.live.dropout_targets())
-        self.passes = Passes(host, self.live, self.processes, self._training, self._scores)
+        self.passes = Passes(host, self.live, self.processes, self.adapters.training, self._scores)
         self._hooks = ForwardHooks(host, model, self._before_forward, self.passes.after, self._flights.settle)
-        host.__dict__[_SELECTOR] = self
+        host.__dict__[SELECTOR] = self
         watch_steps(self)
 
     # What users ask -------------------------------------------------------------------------------------------------
@@ -88,13 +85,8 @@ class RoseSelector:
     @property
     def current(self) -> Steered:
         """The adapter that trains now, or the last one that did."""
-        self._follow()
-        training = self.live.training()
-        if training and self._current not in training:
-            self._current = training[0]
-        if self._current in self.adapters:
-            return self.adapters[self._current]
-        return next(iter(self.adapters.values()), None) or nothing(self.host)
+        self.follow()
+        return self.adapters.current
 
     @property
     def config(self) -> ROSEConfig:
@@ -121,7 +113,7 @@ class RoseSelector:
         Args:
             optimizer: One that holds the units, as loaded; with no state of ROSE in it nothing happens.
         """
-        self._follow()
+        self.follow()
         if self._homes.has_saved(optimizer):
             groups = self._engine.groups(optimizer)
             for name, steered in self.adapters.items():
@@ -137,7 +129,7 @@ class RoseSelector:
         for steered in self.adapters.values():
             steered.drop_plan()
         self._homes.leave(steered.state for steered in self.adapters.values())
-        self.host.__dict__.pop(_SELECTOR, None)
+        self.host.__dict__.pop(SELECTOR, None)
         unwatch_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,30 +138,24 @@ class RoseSelector:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied or unpickled model must be steered like the original.
         self.__dict__.update(state)
-        for steered in self.adapters.values():
-            steered.watchdog.follow(self.host)
         watch_steps(self)
 
-    # Following the model --------------------------------------------------------------------------------------------
+    # The forward side -----------------------------------------------------------------------------------------------
 
-    def _follow(self) -> None:
+    def follow(self) -> None:
         """Keep up with adapters that come and go, and with layers that are rebuilt."""
         if not self.live.changed():
             return
         if self.live.unloaded():
             self.detach()
-            self.adapters = {}
+            self.adapters.clear()
         else:
-            self.live.refresh()
-            self.adapters = steer(self.live, self.host, self.adapters)
+            self.adapters.refresh()
 
     @property
     def _engine(self) -> Engine:
         """What is around the model, as far as it has been seen."""
         return self.passes.around.engine
-
-    def _training(self) -> list[Steered]:
-        return [self.adapters[name] for name in self.live.training() if name in self.adapters]
 
     def _scores(self) -> Scores:
         return self.scores
@@ -177,7 +163,7 @@ class RoseSelector:
     def _before_forward(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         if not self.passes.ours:
             self._flights.settle()
-            self._follow()
+            self.follow()
             self.passes.before(module, kwargs)
             inside = self._engine.optimizer
             if inside is not None and module.training:  # what an engine loads goes past the user's hands
@@ -192,23 +178,20 @@ class RoseSelector:
             self._flights.go_on(optimizer, turn)
             return
         self._flights.settle(optimizer)
-        self._follow()
+        self.follow()
         groups = self._engine.groups(optimizer)
-        held = self._held(groups)
+        held = self.adapters.held(groups)
         if not held:
-            for steered in self._training():
-                waiting = self.live.parameters(steered.name)
-                self._refuse_engine(steered, [param for _, param in waiting])
-                steered.watchdog.foreign_step(optimizer, waiting)
+            self.passes.stepped_without(optimizer)
             return
         refuse_closure(args, kwargs)
         self._steps_begun += 1
         for name, parameters in held.items():
-            self._refuse_other_optimizers(name, parameters, optimizer)
-            self._homes.adopt(name, self.adapters[name].state, parameters, optimizer, groups)
+            self._take_home(name, parameters, optimizer, groups)
         stepping = {name: self._stepping(parameters, optimizer, groups) for name, parameters in held.items()}
         stepping = {name: entries for name, entries in stepping.items() if entries}
-        if not stepping or self._makes_state(optimizer):
+        unused = all(steered.window.calls == 0 for steered in self.adapters.values())
+        if not stepping or (unused and only_makes_state(optimizer)):
             return
         scale = loss_scale(optimizer)
         if scale is None:  # an overflow step: the optimizer will not move anything either
@@ -230,7 +213,7 @@ class RoseSelector:
         """Finish masked units and record the step."""
         landed = self._flights.land(optimizer)
         if landed is not None:
-            self._current = landed
+            self.adapters.stepped(landed)
             self.steps_taken += 1
 
     def settle(self, optimizer: Optimizer) -> None:
@@ -248,26 +231,13 @@ class RoseSelector:
         """Make the masks of one adapter; changes nothing."""
         return decide(steered.config, self.scores, gathered)
 
-    # What is refused ------------------------------------------------------------------------------------------------
-
-    def _refuse_engine(self, steered: Steered, waiting: Sequence[Tensor]) -> None:
-        """Refuse an engine that steps what no optimizer holds; again only after further passes.
-
-        A model that was refused once may still be about when another is trained, whose steps are none of its own.
-        """
-        if self.passes.around.refused and not steered.window.calls:
-            return
-        try:
-            self.passes.around.before_step(waiting)
-        except UnsupportedEngineError:
-            steered.window.forget()
-            raise
-
-    def _makes_state(self, optimizer: Optimizer) -> bool:
-        """Whether this step is none: torch.distributed.checkpoint takes one to have a state that it can load into."""
-        unused = all(steered.window.calls == 0 for steered in self.adapters.values())
-        still = all(float(group["lr"]) == 0 for group in optimizer.param_groups)
-        return unused and still and not optimizer.state
+    def _take_home(self, name: str, held: IndexedTensors, optimizer: Optimizer, groups: dict[int, Group]) -> None:
+        """Let an adapter's state lie in the one optimizer that steps it."""
+        mine = {id(param) for _, param in held}
+        self._flights.refuse_nested(optimizer, mine)
+        missing = {id(param) for _, param in self.live.parameters(name)} - mine
+        self._homes.refuse_spread(optimizer, mine, missing)
+        self._homes.adopt(name, self.adapters[name].state, held, optimizer, groups)
 
     def _stepping(self, parameters: IndexedTensors, optimizer: Optimizer, groups: dict[int, Group]) -> list[Stepping]:
         return [
@@ -276,51 +246,11 @@ class RoseSelector:
             if self._engine.steps(param)
         ]
 
-    def _held(self, groups: dict[int, Group]) -> dict[str, IndexedTensors]:
-        """(unit index, parameter) of each adapter that an optimizer holds, inactive ones with gradients included."""
-        held: dict[str, IndexedTensors] = {}
-        for name in self.adapters:
-            parameters = [pair for pair in self.live.all_parameters(name) if id(pair[1]) in groups]
-            if parameters:
-                held[name] = parameters
-        return held
-
-    def _refuse_other_optimizers(self, name: str, held: IndexedTensors, optimizer: Optimizer) -> None:
-        mine = {id(param) for _, param in held}
-        other = self._flights.around(mine)
-        if other is not None:
-            raise UnsupportedOptimizerError(
-                f"{type(optimizer).__name__} steps units inside the step of {type(other).__name__}, which holds "
-                "them as well, so one mask would act twice. Give each unit to one optimizer."
-            )
-        missing = {id(param) for _, param in self.live.parameters(name)} - mine
-        self._homes.refuse_spread(optimizer, mine, missing)
-
-
-def _refuse_overlap(host: nn.Module, model: nn.Module) -> None:
-    """Refuse a model of which a selector steers the whole, a part, or a whole around it.
-
-    Raises:
-        AlreadyAttachedError: If there is one.
-    """
-    for observer in observers():
-        if isinstance(observer, RoseSelector):
-            observer._follow()
-            same = observer.model is model or observer.host is host
-            inside = any(module is model for module in observer.model.modules())
-            around = any(module is observer.model for module in model.modules())
-            if _SELECTOR in observer.host.__dict__ and (same or inside or around):
-                raise AlreadyAttachedError(
-                    f"ROSE is already attached to this {type(observer.model).__name__}"
-                    f"{'' if same else ' (a part of the other model)'}; call detach_rose(model) before attaching it "
-                    "again."
-                )
-
 
 def find_selector(model: nn.Module) -> RoseSelector | None:
     """The selector attached to a model or to a module inside it (PeftModel, DDP and compiled models included)."""
     for module in model.modules():
-        selector = module.__dict__.get(_SELECTOR)
+        selector = module.__dict__.get(SELECTOR)
         if selector is not None:
             return selector
     return None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from .ahead import Plan
 from .config import ROSEConfig
+from .engines.seam import Group
+from .norms import IndexedTensors
 from .risk import RiskWindow
 from .state import SelectionState
 from .units import LiveUnits, Unit
@@ -61,10 +64,75 @@ def steer(live: LiveUnits, host: nn.Module, known: dict[str, Steered]) -> dict[s
     return found
 
 
-def nothing(host: nn.Module) -> Steered:
-    """What there is to see of a model without any adapter.
+class Adapters(Mapping[str, Steered]):
+    """
+    The adapters of one model that are steered, by name.
 
     Args:
+        live: The units of the model.
         host: The module whose forward call is observed.
     """
-    return Steered("", ROSEConfig(), [], SelectionState([]), RiskWindow(0), Watchdog(host, [], None))
+
+    def __init__(self, live: LiveUnits, host: nn.Module) -> None:
+        self._live, self._host = live, host
+        self._steered = steer(live, host, {})
+        self._current = ""
+
+    def __getitem__(self, name: str) -> Steered:
+        return self._steered[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._steered)
+
+    def __len__(self) -> int:
+        return len(self._steered)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        for steered in self.values():
+            steered.watchdog.follow(self._host)
+
+    @property
+    def current(self) -> Steered:
+        """The adapter that trains now, or the last one that did; one without units where there is none at all."""
+        training = self._live.training()
+        if training and self._current not in training:
+            self._current = training[0]
+        if self._current in self:
+            return self[self._current]
+        nothing = Steered("", ROSEConfig(), [], SelectionState([]), RiskWindow(0), Watchdog(self._host, [], None))
+        return next(iter(self.values()), nothing)
+
+    def stepped(self, name: str) -> None:
+        """Note which adapter has just been stepped.
+
+        Args:
+            name: Its name.
+        """
+        self._current = name
+
+    def training(self) -> list[Steered]:
+        """Those that train now; none while they are merged or disabled."""
+        return [self[name] for name in self._live.training() if name in self]
+
+    def held(self, groups: dict[int, Group]) -> dict[str, IndexedTensors]:
+        """(unit index, parameter) of each adapter that an optimizer holds, of inactive ones too.
+
+        Args:
+            groups: Its groups by the identity of their parameters.
+        """
+        held: dict[str, IndexedTensors] = {}
+        for name in self:
+            parameters = [pair for pair in self._live.all_parameters(name) if id(pair[1]) in groups]
+            if parameters:
+                held[name] = parameters
+        return held
+
+    def refresh(self) -> None:
+        """Find units and adapters anew, going on with what is known of them."""
+        self._live.refresh()
+        self._steered = steer(self._live, self._host, self._steered)
+
+    def clear(self) -> None:
+        """Steer nothing any more."""
+        self._steered = {}
