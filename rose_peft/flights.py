@@ -160,9 +160,9 @@ class Flights:
             UnsupportedOptimizerError: Naming both.
         """
         for flight in self._flights.values():
-            if flight.holds(parameters):
+            other = flight.optimizer()
+            if other is not None and flight.holds(parameters):
                 raise UnsupportedOptimizerError(
-                    f"{type(optimizer).__name__} steps units inside the step of "
-                    f"{type(flight.optimizer()).__name__}, which holds them as well, so one mask would act twice. "
-                    "Give each unit to one optimizer."
+                    f"{type(optimizer).__name__} steps units inside the step of {type(other).__name__}, which holds "
+                    "them as well, so one mask would act twice. Give each unit to one optimizer."
                 )

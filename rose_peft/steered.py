@@ -100,8 +100,9 @@ class Adapters(Mapping[str, Steered]):
             self._current = training[0]
         if self._current in self:
             return self[self._current]
-        nothing = Steered("", ROSEConfig(), [], SelectionState([]), RiskWindow(0), Watchdog(self._host, [], None))
-        return next(iter(self.values()), nothing)
+        for steered in self.values():
+            return steered
+        return Steered("", ROSEConfig(), [], SelectionState([]), RiskWindow(0), Watchdog(self._host, [], None))
 
     def stepped(self, name: str) -> None:
         """Note which adapter has just been stepped.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from rose_peft import ROSEConfig, RoseSelector, UnsupportedOptimizerError, attach_rose
+from rose_peft.decision import Decision
+from rose_peft.engines.seam import Turn
+from rose_peft.flights import Flight, Flights
 from tests.helpers.optimizers import Announced, Derived, Lookahead, Muon
 from tests.helpers.tiny import tiny_bert
 from tests.helpers.watching import backward, train_step, watched_step
@@ -135,3 +139,22 @@ def test_another_optimizer_that_steps_in_the_middle_of_ours(strategy: str) -> No
     optimizer.register_step_pre_hook(meanwhile)
     masked_or_refused(model, selector, optimizer, "AdamW")
     assert float(rate.detach()) == pytest.approx(1 - 0.1 * STEPS)
+
+
+def test_a_step_left_unfinished_refuses_no_optimizer_once_its_own_is_gone() -> None:
+    """An engine may make a step in several calls, and be thrown away between two of them."""
+    model = tiny_bert()
+    selector = attach(model, "ensemble")
+    index, param = selector.live.parameters(selector.current.name)[0]
+    mask = torch.ones(len(selector.units))
+    gone, other = torch.optim.SGD([param], lr=0.1), torch.optim.SGD([param], lr=0.1)
+    decision = Decision(mask, mask.bool())
+    flights = Flights()
+    flight = Flight(weakref.ref(gone), [], 1.0, [(selector.current, decision, [(index, param)])])
+    flights.start(flight, gone, Turn(last=False))
+    flights.land(gone)
+    with pytest.raises(UnsupportedOptimizerError, match="inside the step of SGD"):
+        flights.refuse_nested(other, {id(param)})
+    del gone
+    assert flight.optimizer() is None
+    flights.refuse_nested(other, {id(param)})
