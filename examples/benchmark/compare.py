@@ -86,6 +86,14 @@ class Comparison:
 
     def run(self) -> None:
         """Run every cell that is missing: seed by seed, so that what is there at any time can be compared."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.grid.matmul_precision)
+        try:
+            self._run()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def _run(self) -> None:
         for task in self.tasks:
             for seed in self.seeds:
                 for method in self.methods:
@@ -146,6 +154,7 @@ class Comparison:
                 "steps": trained["steps"],
                 "history": trained["history"],
                 "device": trained["device"],
+                "products": _products(),
                 "kept_share": (trained["rose"] or {}).get("kept_share"),
                 "unavailable": unavailable,
             },
@@ -170,7 +179,8 @@ class Comparison:
                 continue
             print(f"{task}, {method}, search: {candidate.name}", flush=True)
             clean = self._trained(candidate)["best"]["clean"]["accuracy"]
-            tried.append({"searched": candidate.searched, "options": candidate.options, "clean": clean})
+            entry = {"searched": candidate.searched, "options": candidate.options, "clean": clean}
+            tried.append({**entry, "products": _products()})
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, tried)
         settings = [candidate.searched for candidate in candidates]
@@ -223,6 +233,16 @@ class Comparison:
             optimizer.zero_grad()
 
         return step
+
+
+def _products() -> str:
+    """Name the type in which float32 matrices are multiplied here: the machine decides what "medium" can be."""
+    if torch.get_float32_matmul_precision() == "highest":
+        return "float32"
+    if torch.cuda.is_available():
+        return "tf32"
+    has = torch.cpu.get_capabilities()
+    return "bfloat16" if torch.get_float32_matmul_precision() == "medium" and has.get("avx512_bf16") else "float32"
 
 
 def _chosen(option: str, asked: list[Any], there: list[Any]) -> list[Any]:

@@ -40,7 +40,9 @@ GRID_KINDS: dict[str, tuple[type, str]] = {
     "title": (str, "a text"),
     "baseline": (str, "the name of a method"),
     "cost_rounds": (int, "a number"),
+    "matmul_precision": (str, "a text"),
 }
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Grid:
         search: Option -> values to try, on the first seed, by clean accuracy alone.
         evaluation: What is measured.
         cost_rounds: Steps of each method that are timed in turn; 0 leaves the cost out.
+        matmul_precision: Of float32 matrix products, see `torch.set_float32_matmul_precision`.
     """
 
     seeds: list[int]
@@ -156,6 +159,7 @@ class Grid:
     search: dict[str, list[Any]] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     cost_rounds: int = 12
+    matmul_precision: str = "highest"
 
     def candidates(self, task: str, method: str, seed: int) -> list[Candidate]:
         """Every setting that the search tries for a method on a task."""
@@ -232,6 +236,10 @@ def _check(grid: Grid) -> None:
         raise InputError(f"grid: seeds={grid.seeds!r} must be different integers.")
     if grid.cost_rounds < 0 or grid.cost_rounds == 1:
         raise InputError(f"grid: cost_rounds={grid.cost_rounds} must be 0, or at least 2.")
+    if grid.matmul_precision not in MATMUL_PRECISIONS:
+        raise InputError(
+            f"grid: matmul_precision={grid.matmul_precision!r} is unknown; choose from {', '.join(MATMUL_PRECISIONS)}."
+        )
     _check_evaluation(grid.evaluation)
     tried = {method: _tries(grid.space(method)) for method in grid.methods}
     for method, count in tried.items():

@@ -197,6 +197,37 @@ def test_a_cell_that_fails_is_named_and_the_others_run(
     assert len(fake.trained) == trained and "sst2/ROSE/seed0.result.json" in figures(tmp_path / "g")
 
 
+@pytest.mark.parametrize(
+    ("precision", "instructions", "products"),
+    [("medium", True, "bfloat16"), ("medium", False, "float32"), (None, True, "float32")],
+)
+def test_the_grid_says_how_float32_is_multiplied_and_each_result_what_the_machine_made_of_it(
+    inputs: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str | None,
+    instructions: bool,
+    products: str,
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8})
+    seen = []
+
+    def train(args: Any, text: None) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        fake.train(args, text)
+
+    monkeypatch.setattr(run, "train", train)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": instructions})
+    grid = content(inputs, seeds=[0], cost_rounds=0, **({} if precision is None else {"matmul_precision": precision}))
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    assert set(seen) == {precision or "highest"} and torch.get_float32_matmul_precision() == "highest"
+    (result,) = (tmp_path / "g" / "out" / "sst2" / "plain").glob("*.result.json")
+    assert load_result(result).config["products"] == products
+    tried = json.loads((result.parent / "search.json").read_text())
+    assert [entry["products"] for entry in tried] == [products, products]
+
+
 def test_results_of_other_settings_are_not_mixed_in(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +311,7 @@ def test_a_truncated_result_is_named_and_kept(
         ({"methods": {"plain": 3}}, "'plain' in methods must be a name with options"),
         ({"cost_rounds": 1}, "cost_rounds=1 must be 0, or at least 2"),
         ({"cost_rounds": "x"}, "cost_rounds='x' must be a number"),
+        ({"matmul_precision": "low"}, "matmul_precision='low' is unknown; choose from highest, high, medium"),
         ({"evaluation": {"noise_rates": 0.3}}, "noise_rates=0.3 must be of type list[float]"),
         ({"evaluation": {"noise_rates": [30]}}, "noise_rates=[30.0] must be numbers above 0 and at most 1"),
         ({"evaluation": {"attack_examples": "many"}}, "attack_examples='many' must be of type int"),
