@@ -18,9 +18,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from datasets import disable_progress_bars
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
-from examples.training.arguments import InputError, reason
+from examples.training.arguments import InputError, TrainArguments, reason
 from examples.training.data import load_text
 from examples.training.model import build_model
 from examples.training.run import make_optimizer, tokenize, train_once
@@ -48,7 +49,7 @@ from rose_peft.robustness.results import SUFFIX, write_json
 from .grid import Candidate, Grid, read_grid
 from .measure import measure
 from .objectives import make_objective
-from .timing import relative_cost, time_in_turn
+from .timing import Step, relative_cost, time_in_turn
 
 EXPECTED = (InputError, RoseError, RobustnessError)
 
@@ -200,39 +201,46 @@ class Comparison:
             _same(file, load_result(file).config, config)
             return
         print(f"{task}, {method}: cost per step", flush=True)
-        steps = {name: self._stepper(one) for name, one in (("baseline", baseline), ("method", ours))}
-        seconds = time_in_turn(steps, self.grid.cost_rounds)
+        ways = {
+            name: partial(stepper, one.arguments(self._folder(one), self.args.data_dir))
+            for name, one in (("baseline", baseline), ("method", ours))
+        }
+        seconds = time_in_turn(ways, self.grid.cost_rounds)
         cost = Row("step_time", relative_cost(seconds["method"], seconds["baseline"]), self.grid.baseline)
         Result(method=method, task=task, seed=self.grid.seeds[0], rows=[cost], config=config).save(file)
 
-    def _stepper(self, candidate: Candidate) -> Callable[[], None]:
-        """Make a function that takes a step as `train` does, on one batch."""
-        args = candidate.arguments(self._folder(candidate), self.args.data_dir)
-        text = load_text(args)
-        model, tokenizer = build_model(args, text.labels)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device).train()
-        optimizer, objective = make_optimizer(model, args), make_objective(args)
-        rows = tokenize(text.train.select(range(min(args.batch_size, len(text.train)))), tokenizer, args.max_length)
-        batch = {name: value.to(device) for name, value in DataCollatorWithPadding(tokenizer)(list(rows)).items()}
-        forward = model.forward
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision))
 
-        def autocast_forward(*inputs: Any, **named: Any) -> Any:
-            # Around the forward pass alone, as Accelerate does it.
-            with torch.autocast(device, precision, enabled=precision is not None):
-                return forward(*inputs, **named)
+def stepper(args: TrainArguments) -> Step:
+    """Make a function that takes a step as `train` does, on one batch.
 
-        model.forward = autocast_forward
+    Args:
+        args: Checked options.
+    """
+    text = load_text(args)
+    model, tokenizer = build_model(args, text.labels)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device).train()
+    optimizer, objective = make_optimizer(model, args), make_objective(args)
+    rows = tokenize(text.train.select(range(min(args.batch_size, len(text.train)))), tokenizer, args.max_length)
+    batch = {name: value.to(device) for name, value in DataCollatorWithPadding(tokenizer)(list(rows)).items()}
+    forward = model.forward
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(args.mixed_precision))
 
-        def step() -> None:
-            objective(model, batch, lambda loss: loss.backward())
-            if args.max_grad_norm > 0:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+    def autocast_forward(*inputs: Any, **named: Any) -> Any:
+        # Around the forward pass alone, as Accelerate does it.
+        with torch.autocast(device, precision, enabled=precision is not None):
+            return forward(*inputs, **named)
 
-        return step
+    model.forward = autocast_forward
+
+    def step() -> None:
+        objective(model, batch, lambda loss: loss.backward())
+        if args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _products() -> str:

@@ -4,8 +4,8 @@
     python -m examples.benchmark.cost --task sst2 --data_dir DATA --rounds 0 --output_dir runs/agreement
     python -m examples.benchmark.cost --model_name_or_path roberta-base --device cuda --rounds 80
 
-Every round takes one step of each way in turn on the same batch. The cost of a way is its mean time over that of plain
-training: a risk pass comes at some steps only, and a median would hide it. Memory is measured in a process per way.
+Every way trains in a process of its own, and every round takes one step of each in turn on the same batch. The cost of
+a way is its mean time over that of plain training: a risk pass comes at some steps only, and a median would hide it.
 
 With a task, a model is trained by first order, and at points on the way its masks are compared with the expected ones,
 see agreement.py. Tables, a result file and, with a task, a picture go to the output folder.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from rose_peft.robustness.results import SUFFIX
 
 from .agreement import PUBLISHED, SETTINGS, Agreement, Batch, agreement_along
 from .timing import clock, relative_cost, time_in_turn
-from .ways import PLAIN, WAYS, peak_memory, random_batch, stepper
+from .ways import PLAIN, WAYS, peak_memory, stepper
 
 UPPERS = (0.7, 0.4)
 # Seconds of a step, and its time relative to plain training.
@@ -139,11 +140,8 @@ def _write(
 
 def _times(args: CostArguments, name: str) -> dict[str, Cost]:
     """Mean seconds of a step of each way, and its cost relative to plain."""
-    batch: Batch = {}
-    steps = {way: stepper(way, name, args.device, batch) for way in args.ways}
-    seconds = time_in_turn(
-        steps, args.rounds, lambda: batch.update(random_batch(args.batch_size, args.max_length, args.device))
-    )
+    rest = name, args.device, args.batch_size, args.max_length, args.seed
+    seconds = time_in_turn({way: partial(stepper, way, *rest) for way in args.ways}, args.rounds)
     return {
         way: (Estimate(sum(times) / len(times), len(times)), relative_cost(times, seconds[PLAIN]))
         for way, times in seconds.items()

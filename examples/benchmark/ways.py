@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from rose_peft import ROSEConfig, attach_rose
 from rose_peft.config import RISK_INTERVAL
+
+from .timing import Step
 
 _SAMPLED: dict[str, Any] = {"risk_pass": "sampled"}
 _PAIRED: dict[str, Any] = {"risk_pass": "paired"}
@@ -59,33 +60,39 @@ def build(way: str, name: str) -> nn.Module:
     )
 
 
-def random_batch(rows: int, length: int, device: str) -> dict[str, Tensor]:
+def random_batch(rows: int, length: int, vocabulary: int, draws: torch.Generator) -> dict[str, Tensor]:
     """Draw token ids without padding, and labels.
 
     Args:
         rows: Examples.
         length: Tokens of each.
-        device: Where they are wanted.
+        vocabulary: Number of tokens; the first eighth, where special ones are, is left out.
+        draws: Generator of the CPU.
     """
-    ids = torch.randint(1000, 20000, (rows, length), device=device)
+    ids = torch.randint(vocabulary // 8, vocabulary, (rows, length), generator=draws)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
 
-def stepper(way: str, name: str, device: str, batch: dict[str, Tensor]) -> Callable[[], None]:
-    """Make a function that takes one step of a way.
+def stepper(way: str, name: str, device: str, rows: int, length: int, seed: int) -> Step:
+    """Make a function that takes one step of a way; with one seed all ways get the same batches.
 
     Args:
         way: One of `WAYS`.
         name: Hub name or folder of an encoder.
         device: Where to train.
-        batch: Looked at in every step, so it may change.
+        rows: Examples of a batch.
+        length: Tokens of each.
+        seed: Of head, batches and dropout.
     """
+    torch.manual_seed(seed)
     model = build(way, name).to(device).train()
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-5, (0.9, 0.98), 1e-6, weight_decay=0.01)
+    draws, vocabulary = torch.Generator().manual_seed(seed), model.config.vocab_size
 
     def step() -> None:
-        model(**batch).loss.backward()
+        batch = random_batch(rows, length, vocabulary, draws)
+        model(**{key: value.to(device) for key, value in batch.items()}).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -117,8 +124,7 @@ def _train_and_look(way: str, name: str, device: str, rows: int, length: int, th
     torch.set_num_threads(threads)
     on_cpu = torch.device(device).type == "cpu"
     before = _status("VmRSS") if on_cpu else 0
-    batch = random_batch(rows, length, device)
-    step = stepper(way, name, device, batch)
+    step = stepper(way, name, device, rows, length, seed=0)
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     else:

@@ -380,7 +380,8 @@ def test_a_step_is_timed_in_the_precision_of_training(inputs: dict[str, str], tm
         with torch.nn.modules.module.register_module_forward_hook(
             lambda module, inputs, output: seen.append(output.dtype) if isinstance(module, torch.nn.Linear) else None  # noqa: B023
         ):
-            comparison._stepper(comparison.grid.candidates("sst2", "ROSE", 0)[0])()
+            candidate = comparison.grid.candidates("sst2", "ROSE", 0)[0]
+            compare.stepper(candidate.arguments(tmp_path / "unused", inputs["data"]))()
         assert set(seen) == {dtype}
 
 
@@ -388,7 +389,7 @@ def test_costs_of_other_settings_are_not_mixed_in_and_count_as_no_run(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Fake(monkeypatch, {5e-5: 0.6})
-    monkeypatch.setattr(compare.Comparison, "_stepper", lambda self, candidate: lambda: None)
+    monkeypatch.setattr(compare, "time_in_turn", lambda ways, rounds: {way: [1.0] * rounds for way in ways})
     grid = content(inputs, search={}, cost_rounds=2)
     assert compare.main(options(inputs, tmp_path / "g", grid, "--seeds", "1")) == 0
     page = (tmp_path / "g" / "out" / "report.md").read_text()

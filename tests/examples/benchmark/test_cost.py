@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,17 +18,62 @@ from transformers import AutoModelForSequenceClassification
 from examples.benchmark import cost, ways
 from examples.benchmark.agreement import ONE_SIDED, PUBLISHED, Agreement, Setting, agreement_along, point_steps
 from examples.benchmark.timing import WARM_UP, relative_cost, time_in_turn
+from examples.training.arguments import InputError
 from rose_peft.robustness import load_result
 from rose_peft.robustness.results import find
 from rose_peft.selector import find_selector
 
 
-def test_every_round_takes_one_step_of_each_way_and_the_first_rounds_do_not_count() -> None:
-    taken: list[str] = []
-    steps = {name: (lambda name=name: taken.append(name)) for name in ("a", "b")}
-    seconds = time_in_turn(steps, 3, lambda: taken.append("new batch"))
-    assert taken == ["new batch", "a", "b"] * (WARM_UP + 3)
+def _noting(file: Path, way: str) -> Callable[[], None]:
+    """Make a step that notes its way, its process and how that computes; at once, that it was made."""
+
+    def note(what: str) -> None:
+        with file.open("a") as notes:
+            told = way, what, os.getpid(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+            notes.write(" ".join(map(str, told)) + "\n")
+
+    note("made")
+    return partial(note, "step")
+
+
+def test_every_round_takes_one_step_of_each_way_in_its_process_and_the_first_rounds_do_not_count(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "notes"
+    torch.set_float32_matmul_precision("medium")
+    try:
+        seconds = time_in_turn({way: partial(_noting, file, way) for way in ("a", "b")}, 3)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    notes = [line.split() for line in file.read_text().splitlines()]
+    assert [note[:2] for note in notes[:2]] == [["a", "made"], ["b", "made"]]
+    assert [note[:2] for note in notes[2:]] == [["a", "step"], ["b", "step"]] * (WARM_UP + 3)
+    assert len({note[2] for note in notes} | {str(os.getpid())}) == 3  # one for each, and this one takes no step
+    assert {tuple(note[3:]) for note in notes} == {(str(torch.get_num_threads()), "medium")}
     assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def _failing() -> Callable[[], None]:
+    raise InputError("no such encoder")
+
+
+def test_a_way_that_cannot_be_made_says_why() -> None:
+    with pytest.raises(InputError, match="no such encoder"):
+        time_in_turn({"a": _failing}, 2)
+
+
+def test_all_ways_get_the_same_batches_inside_the_vocabulary(inputs: dict[str, str]) -> None:
+    seen = defaultdict(list)
+    for way in ("plain", "ensemble, sampled"):
+        step = ways.stepper(way, inputs["model"], "cpu", 4, 8, seed=3)
+        with torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: seen[way].append(args[0]) if isinstance(module, torch.nn.Embedding) else None  # noqa: B023
+        ):
+            for _ in range(2):
+                step()
+    ids = [[part for part in seen[way] if part.shape == (4, 8)] for way in seen]
+    first, second = ids[0][0], next(part for part in ids[0] if not torch.equal(part, ids[0][0]))
+    assert any(torch.equal(first, part) for part in ids[1]) and any(torch.equal(second, part) for part in ids[1])
 
 
 def test_cost_is_a_ratio_of_means_that_sees_the_steps_with_a_risk_pass() -> None:
@@ -57,9 +106,6 @@ def test_ways_differ_in_what_steers_them(inputs: dict[str, str]) -> None:
 def test_times_memory_table_and_rows_in_one_command(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Ids of the tiny vocabulary; two ways, one process each for their memory.
-    monkeypatch.setattr(ways, "random_batch", lambda *shape: _ids(*shape))
-    monkeypatch.setattr(cost, "random_batch", lambda *shape: _ids(*shape))
     monkeypatch.setattr(cost, "peak_memory", lambda way, *rest: {"plain": 2**20, "ensemble, sampled": 2**21}[way])
     line = ["--model_name_or_path", inputs["model"], "--rounds", "16", "--batch_size", "8", "--max_length", "8"]
     line += ["--ways", "plain", "ensemble, sampled", "--output_dir", str(tmp_path)]
@@ -81,8 +127,7 @@ def test_memory_is_that_of_a_process_that_only_trains(monkeypatch: pytest.Monkey
     ballast[::4096] = b"x" * len(ballast[::4096])
     grown = []
     for size in (2**20, 2**24):
-        monkeypatch.setattr(ways, "stepper", lambda *rest, size=size: lambda: torch.ones(size).sum())
-        monkeypatch.setattr(ways, "random_batch", lambda *rest: {})
+        monkeypatch.setattr(ways, "stepper", lambda *rest, size=size, **more: lambda: torch.ones(size).sum())
         grown.append(ways._train_and_look("plain", "", "cpu", 1, 1, 1))
     assert grown[1] > grown[0] + 2**25  # 64 MB of ones
     assert grown[0] < 2**27
