@@ -59,6 +59,9 @@ class CostArguments:
         default_factory=lambda: list(WAYS),
         metadata={"help": f"Ways to train, plain among them: {'; '.join(WAYS)}. All are in memory at once."},
     )
+    fused: bool = field(
+        default=False, metadata={"help": "Time steps with the fused AdamW, as examples/train.py has it."}
+    )
     rounds: int = field(default=40, metadata={"help": "Rounds that count, some more go before; 0 measures no times."})
     memory: bool = field(default=True, metadata={"help": "Whether to measure the peak memory of each way."})
     task: str | None = field(default=None, metadata={"help": "GLUE task to measure agreement on; None does not."})
@@ -140,7 +143,7 @@ def _write(
 
 def _times(args: CostArguments, name: str) -> dict[str, Cost]:
     """Mean seconds of a step of each way, and its cost relative to plain."""
-    rest = name, args.device, args.batch_size, args.max_length, args.seed
+    rest = name, args.device, args.batch_size, args.max_length, args.seed, args.fused
     seconds = time_in_turn({way: partial(stepper, way, *rest) for way in args.ways}, args.rounds)
     return {
         way: (Estimate(sum(times) / len(times), len(times)), relative_cost(times, seconds[PLAIN]))

@@ -73,7 +73,7 @@ def random_batch(rows: int, length: int, vocabulary: int, draws: torch.Generator
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 2}
 
 
-def stepper(way: str, name: str, device: str, rows: int, length: int, seed: int) -> Step:
+def stepper(way: str, name: str, device: str, rows: int, length: int, seed: int, fused: bool) -> Step:
     """Make a function that takes one step of a way; with one seed all ways get the same batches.
 
     Args:
@@ -83,11 +83,12 @@ def stepper(way: str, name: str, device: str, rows: int, length: int, seed: int)
         rows: Examples of a batch.
         length: Tokens of each.
         seed: Of head, batches and dropout.
+        fused: Whether AdamW goes through memory once in a step, in place of once for each operation.
     """
     torch.manual_seed(seed)
     model = build(way, name).to(device).train()
     trained = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 2e-5, (0.9, 0.98), 1e-6, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, 2e-5, (0.9, 0.98), 1e-6, weight_decay=0.01, fused=fused or None)
     draws, vocabulary = torch.Generator().manual_seed(seed), model.config.vocab_size
 
     def step() -> None:
@@ -124,7 +125,7 @@ def _train_and_look(way: str, name: str, device: str, rows: int, length: int, th
     torch.set_num_threads(threads)
     on_cpu = torch.device(device).type == "cpu"
     before = _status("VmRSS") if on_cpu else 0
-    step = stepper(way, name, device, rows, length, seed=0)
+    step = stepper(way, name, device, rows, length, seed=0, fused=False)
     if on_cpu:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     else:
