@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from rose_peft import ROSEConfig
+from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
 from rose_peft.robustness.command_line.parser import Parser
 from rose_peft.robustness.loading import folder_lack
 
@@ -54,7 +55,10 @@ HAS_EFFECT = {
     "r_drop_alpha": (lambda args: args.objective == "r_drop", "--objective r_drop"),
     "gamma": (lambda args: args.strategy == "ensemble", "--strategy ensemble"),
     **dict.fromkeys(
-        ("upper_quantile", "lower_quantile", "rose_warmup_steps", "risk_pass", "dropout"),
+        (
+            *("upper_quantile", "lower_quantile", "rose_warmup_steps", "dropout"),
+            *("risk_pass", "risk_interval", "risk_fraction", "risk_smoothing"),
+        ),
         (lambda args: args.strategy != "none", "a strategy of ROSE"),
     ),
     **dict.fromkeys(
@@ -150,6 +154,11 @@ class TrainArguments:
             "choices": ("paired", "sampled"),
             "help": "How first order and the ensemble measure risk: paired (as published) or sampled (cheap).",
         },
+    )
+    risk_interval: int = field(default=RISK_INTERVAL, metadata={"help": "Sampled: steps from one pass to the next."})
+    risk_fraction: float = field(default=RISK_FRACTION, metadata={"help": "Sampled: share of the rows in a pass."})
+    risk_smoothing: float = field(
+        default=RISK_SMOOTHING, metadata={"help": "Sampled: weight of the past in the average of squared norms."}
     )
     dropout: float | None = field(default=None, metadata={"help": "Dropout of the training passes, see ROSEConfig."})
 
@@ -301,6 +310,9 @@ class TrainArguments:
             gamma=self.gamma,
             warmup_steps=self.rose_warmup_steps,
             risk_pass=self.risk_pass,  # type: ignore[arg-type]
+            risk_interval=self.risk_interval,
+            risk_fraction=self.risk_fraction,
+            risk_smoothing=self.risk_smoothing,
             dropout=self.dropout,
             base_config=base_config,
         )

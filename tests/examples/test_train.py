@@ -263,6 +263,13 @@ def test_a_truncated_checkpoint_is_named(
     assert "checkpoint" in capsys.readouterr().err
 
 
+def test_settings_of_the_sampled_pass_reach_the_config() -> None:
+    args = TrainArguments(risk_pass="sampled", risk_interval=3, risk_fraction=0.5, risk_smoothing=0.1)
+    config = args.rose_config()
+    assert config is not None
+    assert (config.risk_interval, config.risk_fraction, config.risk_smoothing) == (3, 0.5, 0.1)
+
+
 BAD = [
     (("--upper_quantile", "70"), "upper_quantile=70.0 is not a number in [0, 1]"),
     (("--lower_quantile", "0.8"), "lower_quantile=0.8 must be below upper_quantile=0.7"),
@@ -289,6 +296,9 @@ BAD = [
     (("--r_drop_alpha", "2"), "r_drop_alpha=2.0 has no effect without --objective r_drop"),
     (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect without --strategy ensemble"),
     (("--strategy", "none", "--upper_quantile", "0.5"), "upper_quantile=0.5 has no effect without a strategy of ROSE"),
+    (("--risk_interval", "4"), "risk_interval=4 has no effect with risk_pass='paired'"),
+    (("--strategy", "none", "--risk_fraction", "0.5"), "risk_fraction=0.5 has no effect without a strategy of ROSE"),
+    (("--risk_pass", "sampled", "--risk_smoothing", "1"), "risk_smoothing=1.0 is not a number in [0, 1)"),
     (("--strategy", "none", "--risk_pass", "sampled"), "risk_pass='sampled' has no effect without a strategy of ROSE"),
     (("--strategy", "none", "--dropout", "0.2"), "dropout=0.2 has no effect without a strategy of ROSE"),
     (("--robust_files", "x.csv"), "robust_files='x.csv': write name=path"),
