@@ -28,6 +28,7 @@ from ..estimate import Estimate, mean, share
 from ..predict import Predictor, evaluating
 from ..results import SUFFIX, Result, Row
 from ..seeding import generators_kept, seed_all, seed_from
+from .ahead import SPAN, read_ahead
 from .recipes import Recipe, build_attack, expand, get_recipe
 from .records import Record, RecordLog
 
@@ -130,8 +131,9 @@ def run_attacks(
     """Attack a classifier with several recipes and write down what happened to each example.
 
     The sample of examples depends on the data, `num_examples` and `seed` only, and the attack on an example on nothing
-    but `seed`, the recipe and the example: all models meet the same, and a run that was killed ends, when it is called
-    again with the same arguments, with the records an uninterrupted one would have.
+    but `seed`, the recipe and the example (what can be known beforehand is read in batches of many examples, which may
+    round otherwise): all models meet the same, and a run that was killed ends, when it is called again with the same
+    arguments, with the records an uninterrupted one would have.
 
     Args:
         model: Any classifier or `PeftModel` of one, where and in the precision in which it is to run.
@@ -241,10 +243,17 @@ def _attack_all(attack: Any, sample: Examples, recipe: str, seed: int, log: Reco
     from tqdm.auto import tqdm
 
     bar = tqdm(total=len(sample), desc=recipe, disable=not progress)
+    rows = list(zip(sample.texts, sample.labels, sample.indices, strict=True))
     with bar:
-        for text, label, index in zip(sample.texts, sample.labels, sample.indices, strict=True):
+        for place, (text, label, index) in enumerate(rows):
+            if place % SPAN == 0:
+                span = rows[place : place + SPAN]
+                if any(_is_open(log.records.get(index)) for _, _, index in span):
+                    # All of it, whatever is done: in other batches the model may round otherwise.
+                    texts, labels, _ = zip(*span, strict=True)
+                    read_ahead(attack, sample.columns, texts, labels)
             known = log.records.get(index)
-            if known is None or known.result == "error":
+            if _is_open(known):
                 # Every example starts from the same state, so that what came before it cannot matter.
                 seed_all(seed_from(seed, recipe, index))
                 attack.clear_cache()
@@ -252,6 +261,10 @@ def _attack_all(attack: Any, sample: Examples, recipe: str, seed: int, log: Reco
                 if record != known:
                     log.append(record)
             bar.update()
+
+
+def _is_open(record: Record | None) -> bool:
+    return record is None or record.result == "error"
 
 
 def _earlier_records(folder: Path, run: dict[str, Any], sample: Examples, done: set[str]) -> dict[str, list[Record]]:

@@ -33,9 +33,40 @@ class ClassifierWrapper(ModelWrapper):
         self.model = predictor.model
         self.tokenizer = predictor.tokenizer
         self.max_length = predictor.max_length
+        self._known: dict[Text, Tensor] = {}
 
     def __call__(self, text_input_list: Sequence[Text]) -> Tensor:
         """Return class probabilities in float32 on the CPU, of shape `[texts, classes]`.
+
+        Raises:
+            ModelError: If the model fails on the texts.
+            DivergedModelError: If its scores are not finite.
+        """
+        unknown = [text for text in text_input_list if text not in self._known]
+        if len(unknown) == len(text_input_list):
+            return self._read(text_input_list)
+        found = dict(zip(unknown, self._read(unknown), strict=True)) if unknown else {}
+        return torch.stack([found[text] if text in found else self._known[text] for text in text_input_list])
+
+    def remember(self, texts: Sequence[Text]) -> list[int]:
+        """Read texts now, in full batches, and keep the answers for when they are asked.
+
+        Args:
+            texts: Sentences or pairs.
+
+        Returns:
+            The class of each.
+        """
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        self._known.update(zip(new, self._read(new) if new else (), strict=True))
+        return [int(self._known[text].argmax()) for text in texts]
+
+    def forget(self) -> None:
+        """Forget what was remembered."""
+        self._known = {}
+
+    def _read(self, text_input_list: Sequence[Text]) -> Tensor:
+        """Let the model read texts.
 
         Raises:
             ModelError: If the model fails on the texts.

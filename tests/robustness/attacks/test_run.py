@@ -19,7 +19,8 @@ import pandas
 import pytest
 import torch
 
-from rose_peft.robustness.attacks import recipes
+from rose_peft.robustness.attacks import recipes, run
+from rose_peft.robustness.attacks.ahead import read_ahead
 from rose_peft.robustness.attacks.recipes import PRESETS, RECIPES, expand
 from rose_peft.robustness.attacks.records import Record, RecordLog
 from rose_peft.robustness.attacks.resources import Resource, tfhub_model
@@ -160,7 +161,7 @@ def lines(folder: Path, recipe: str = "deepwordbug") -> list[str]:
     return (folder / "records" / f"{recipe}.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("passes", [3, 11])
+@pytest.mark.parametrize("passes", [3, 7])
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     offline_textattack, tokenizer, tmp_path: Path, passes: int
 ) -> None:
@@ -531,3 +532,54 @@ def test_a_pretrained_encoder_meets_real_sentences(offline_textattack, data: Pat
         before = [record.result != "skipped" for record in report.records["deepwordbug"]]
         assert before == Predictor(model, words).correct(clean.select(range(3)))
         assert found.adversarial.n == 6
+
+
+def test_reading_ahead_changes_no_record_and_calls_the_model_less_often(
+    offline_textattack, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, passes = [], []
+    for name in ("ahead", "one by one"):
+        model = KeywordModel(tokenizer)
+        found.append(attack(model, tokenizer, tmp_path / name, ("offline",), query_budget=60).records)
+        passes.append(model.passes)
+        monkeypatch.setattr(run, "read_ahead", lambda *arguments: None)
+    assert found[0] == found[1]
+    assert passes[0] < 0.75 * passes[1]
+
+
+def test_only_what_does_not_depend_on_answers_is_read_ahead(offline_textattack, tokenizer) -> None:
+    """Originals, and texts without one of their words; for PWWS each swap too; nothing of what was wrong before."""
+    from rose_peft.robustness.attacks.wrapper import ClassifierWrapper
+
+    for recipe, swaps in (("deepwordbug", False), ("pwws", True), ("bad-characters", None)):
+        wrapper = ClassifierWrapper(Predictor(KeywordModel(tokenizer), tokenizer))
+        built = recipes.build_attack(recipes.get_recipe(recipe), wrapper, None, 32, False)
+        read_ahead(built, DATA.columns, DATA.texts, DATA.labels)
+        known = set(wrapper._known)
+        originals = {text for (text,) in DATA.texts}
+        assert originals <= known
+        rest = known - originals
+        assert not any("dull" in text for text in rest)
+        without = {"the story was [UNK]", "the [UNK] is bad", "[UNK]"}
+        if swaps is None:
+            assert not rest
+        else:
+            assert without <= rest and swaps == any("[UNK]" not in text for text in rest)
+        read_ahead(built, DATA.columns, DATA.texts[:1], DATA.labels[:1])
+        assert "good" not in wrapper._known  # of the examples before
+
+
+def test_the_victim_answers_from_memory_in_the_order_it_is_asked(offline_textattack, tokenizer) -> None:
+    from rose_peft.robustness.attacks.wrapper import ClassifierWrapper
+
+    model = KeywordModel(tokenizer)
+    wrapper = ClassifierWrapper(Predictor(model, tokenizer))
+    texts = ["a good film", "a dull story", "the plot is bad"]
+    plain = wrapper(texts)
+    passes = model.passes
+    assert wrapper.remember([texts[2], texts[0], texts[0]]) == plain.argmax(dim=1)[[2, 0, 0]].tolist()
+    assert model.passes == passes + 1
+    assert torch.equal(wrapper([texts[0], texts[2]]), plain[[0, 2]]) and model.passes == passes + 1
+    assert torch.equal(wrapper(texts), plain) and model.passes == passes + 2
+    wrapper.forget()
+    assert torch.equal(wrapper(texts[:1]), plain[:1]) and model.passes == passes + 3
