@@ -15,6 +15,7 @@ from .errors import RoseConfigError
 STRATEGIES = ("first_order", "second_order", "ensemble")
 RISK_PASSES = ("paired", "sampled")
 ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
+GAMMA = 0.5
 RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 8, 0.25, 0.8
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
@@ -74,7 +75,9 @@ class ROSEConfig(PeftConfig):
     lower_quantile: float = field(
         default=0.0, metadata={"help": "Units with a score below this quantile are frozen for the step, in [0, 1]."}
     )
-    gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."})
+    gamma: float = field(
+        default=GAMMA, metadata={"help": "Weight of the first-order mask in the ensemble, in [0, 1]."}
+    )
     warmup_steps: int = field(
         default=0, metadata={"help": "Number of optimizer steps at the start that update every unit fully."}
     )
@@ -220,6 +223,11 @@ class ROSEConfig(PeftConfig):
             raise RoseConfigError(
                 f"warmup_steps={self.warmup_steps!r} is not a number of optimizer steps; pass an integer >= 0."
             )
+        if self.gamma != GAMMA and self.strategy != "ensemble":
+            raise RoseConfigError(
+                f"gamma={self.gamma!r} has no effect with strategy={self.strategy!r}, which mixes no masks; leave it "
+                "out, or choose 'ensemble'."
+            )
         self._check_risk_pass()
         if self.original_weights not in ORIGINAL_WEIGHTS:
             raise RoseConfigError(
@@ -237,6 +245,11 @@ class ROSEConfig(PeftConfig):
         if self.head is not None and self.head not in HEADS:
             raise RoseConfigError(
                 f"head={self.head!r} is unknown; choose one of {', '.join(HEADS)}, or None to have it found."
+            )
+        if self.head is not None and not self.needs_risk_pass:
+            raise RoseConfigError(
+                f"head={self.head!r} has no effect with strategy='second_order', which looks at no logits; leave it "
+                "out, or choose 'first_order' or 'ensemble'."
             )
 
     def _check_risk_pass(self) -> None:

@@ -47,7 +47,7 @@ def from_disk(folder: Path) -> nn.Module:
 
 @pytest.fixture
 def trained(base_folder) -> PeftModel:
-    model = get_peft_model(from_disk(base_folder), ROSEConfig(task_type="SEQ_CLS", strategy="first_order", gamma=0.25))
+    model = get_peft_model(from_disk(base_folder), ROSEConfig(task_type="SEQ_CLS", gamma=0.25))
     train(model, batch(model))
     return model
 
@@ -94,7 +94,7 @@ def test_weights_are_those_of_the_copies(trained, tmp_path) -> None:
 
 def test_config_goes_round(tmp_path) -> None:
     config = ROSEConfig(
-        strategy="second_order",
+        strategy="ensemble",
         upper_quantile=0.6,
         lower_quantile=0.1,
         gamma=0.25,
@@ -172,7 +172,7 @@ def test_loaded_to_train_on(trained, base_folder, tmp_path) -> None:
     loaded = PeftModel.from_pretrained(from_disk(base_folder), tmp_path / "out", is_trainable=True)
     assert torch.equal(outputs(loaded, batch(loaded)), outputs(trained, batch(trained)))
     config = get_selector(loaded).config
-    assert (config.strategy, config.gamma) == ("first_order", 0.25)
+    assert (config.strategy, config.gamma) == ("ensemble", 0.25)
     assert trainable(loaded) == trainable(trained)
     masks = torch.stack(train_watched(loaded, batch(loaded)))
     assert (masks == 0).any()

@@ -805,7 +805,7 @@ def trained(strategy: str, steps: range, saved: dict | None = None, make=attach_
 @pytest.mark.parametrize("interrupted_at", [1, 3])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resumed_training_is_the_same_to_the_last_bit(strategy, interrupted_at):
-    options = {"warmup_steps": 2, "gamma": 0.3}
+    options = {"warmup_steps": 2, **({"gamma": 0.3} if strategy == "ensemble" else {})}
     whole, _ = trained(strategy, range(6), **options)
     first, optimizer = trained(strategy, range(interrupted_at), **options)
     file = io.BytesIO()
