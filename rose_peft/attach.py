@@ -33,7 +33,7 @@ def attach_rose(
             `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units and
             `modules_to_save` left unmasked. Never written to.
         scores: What units are ranked by, in place of ROSE's own scores; see `Scores`.
-        process_group: The processes that train this model, where neither DDP nor FSDP2 around it tells.
+        process_group: The processes that train this model, where no engine around it (DDP, FSDP2, ZeRO) tells.
 
     Returns:
         The selector, for `statistics()`.
@@ -42,7 +42,7 @@ def attach_rose(
         AlreadyAttachedError: If ROSE is attached to the model, to a part of it or to a whole around it.
         RoseConfigError: If a field cannot be followed here.
         TargetModulesError: If there is nothing to mask.
-        UnsupportedEngineError: If DDP is around the model already.
+        UnsupportedEngineError: If DDP is around the model already, or ZeRO-3 has split it.
         UnsupportedModelError: If a model without an adapter is quantized.
     """
     over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())

@@ -112,7 +112,7 @@ def _strategy(state: SelectionState) -> str:
 
 def _unmasked(source: Source) -> str:
     """What of the model is not in the picture."""
-    said = "Not in the picture, because never masked: biases, embeddings, head and whatever else is no unit."
+    said = "Not in the picture, because never masked: biases and whatever else is no unit."
     if not isinstance(source, RoseSelector):
         return said
     units = sum(unit.size() for unit in source.units)

@@ -47,7 +47,8 @@ def from_disk(folder: Path) -> nn.Module:
 
 @pytest.fixture
 def trained(base_folder) -> PeftModel:
-    model = get_peft_model(from_disk(base_folder), ROSEConfig(task_type="SEQ_CLS", gamma=0.25))
+    config = ROSEConfig(task_type="SEQ_CLS", strategy="first_order", upper_quantile=0.6)
+    model = get_peft_model(from_disk(base_folder), config)
     train(model, batch(model))
     return model
 
@@ -129,7 +130,7 @@ def test_unknown_fields_of_a_newer_version_are_no_obstacle(trained, tmp_path) ->
     path = tmp_path / "out" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"from_the_future": 1}))
     with pytest.warns(UserWarning, match="from_the_future"):
-        assert ROSEConfig.from_pretrained(tmp_path / "out").gamma == 0.25
+        assert ROSEConfig.from_pretrained(tmp_path / "out").upper_quantile == 0.6
 
 
 def test_model_card_says_once_how_to_load(trained, tmp_path) -> None:
@@ -172,7 +173,7 @@ def test_loaded_to_train_on(trained, base_folder, tmp_path) -> None:
     loaded = PeftModel.from_pretrained(from_disk(base_folder), tmp_path / "out", is_trainable=True)
     assert torch.equal(outputs(loaded, batch(loaded)), outputs(trained, batch(trained)))
     config = get_selector(loaded).config
-    assert (config.strategy, config.gamma) == ("ensemble", 0.25)
+    assert (config.strategy, config.upper_quantile) == ("first_order", 0.6)
     assert trainable(loaded) == trainable(trained)
     masks = torch.stack(train_watched(loaded, batch(loaded)))
     assert (masks == 0).any()

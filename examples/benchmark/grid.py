@@ -146,7 +146,8 @@ class Grid:
         common: Options of train.py for all.
         search: Option -> values to try, on the first seed, by clean accuracy alone.
         evaluation: What is measured.
-        cost_rounds: Steps of each method that are timed in turn; 0 leaves the cost out.
+        cost_rounds: Steps of each method that are timed in turn; 0 leaves the cost out. An interval takes two cycles
+            of 8, see timing.py.
         matmul_precision: Of float32 matrix products, see `torch.set_float32_matmul_precision`.
     """
 
@@ -158,7 +159,7 @@ class Grid:
     common: dict[str, Any] = field(default_factory=dict)
     search: dict[str, list[Any]] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    cost_rounds: int = 12
+    cost_rounds: int = 24
     matmul_precision: str = "highest"
 
     def candidates(self, task: str, method: str, seed: int) -> list[Candidate]:

@@ -134,7 +134,7 @@ class TrainArguments:
         metadata={
             "help": "Published settings as STRATEGY/TASK/MODEL, such as ensemble/sst2/roberta-base: first_order, "
             "second_order or ensemble; qnli, qqp, rte or sst2; roberta-base or roberta-large. Data and model have "
-            "options of their own, and options given beside it go first."
+            "options of their own, and options given beside it take precedence."
         },
     )
     strategy: str = field(
@@ -174,8 +174,9 @@ class TrainArguments:
         default="cross_entropy",
         metadata={
             "choices": OBJECTIVES,
-            "help": "What a step minimises: cross_entropy; two_pass, its mean over two dropout passes; r_drop, that "
-            "and their divergence; fgm, that and the loss on adversarially shifted embeddings. Any strategy.",
+            "help": "What a step minimises: cross_entropy; two_pass, its mean over two dropout passes; r_drop, "
+            "two_pass and their divergence; fgm, cross_entropy and the loss on adversarially shifted embeddings. Any "
+            "strategy.",
         },
     )
     r_drop_alpha: float = field(default=1.0, metadata={"help": "Weight of the divergence in r_drop."})

@@ -294,7 +294,7 @@ BAD = [
     (("--seed", "-1"), "seed=-1 must be in [0, 2**32)"),
     (("--fgm_epsilon", "0.5"), "fgm_epsilon=0.5 has no effect without --objective fgm"),
     (("--r_drop_alpha", "2"), "r_drop_alpha=2.0 has no effect without --objective r_drop"),
-    (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect without --strategy ensemble"),
+    (("--strategy", "second_order", "--gamma", "0.1"), "gamma=0.1 has no effect with strategy='second_order'"),
     (("--strategy", "none", "--upper_quantile", "0.5"), "upper_quantile=0.5 has no effect without a strategy of ROSE"),
     (("--risk_interval", "4"), "risk_interval=4 has no effect with risk_pass='paired'"),
     (("--strategy", "none", "--risk_fraction", "0.5"), "risk_fraction=0.5 has no effect without a strategy of ROSE"),

@@ -188,18 +188,24 @@ def equal_clean_table(courses: Mapping[str, Mapping[str, Course]], baseline: str
 _ROBUST = Column("robust_accuracy", "", 0.0)
 
 
+def _cost(row: DataFrame) -> str:
+    value, low, high = row[["value", "low", "high"]].mean()
+    return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low == low and high == high else "")
+
+
 def cost_table(frame: DataFrame, methods: Sequence[str]) -> list[str]:
-    """One row per method: median and quartiles of the time of a step, relative to the baseline's."""
+    """One row per method: mean time of a step, relative to the baseline's, with its interval where there is one."""
     shown = columns(frame, "cost")
     if not shown:
         return []
-    lines = ["Cost of training, timed side by side: median, and quartiles over rounds.", ""]
+    words = "Mean time of a step over the baseline's, timed side by side, with the 95 % interval over cycles of steps."
+    lines = [words, ""]
     lines += _head([column.title() for column in shown])
     for method in methods:
         cells = []
         for column in shown:
             row = select(frame, column).query("method == @method")
-            cells.append("-" if row.empty else "{:.3g} [{:.3g}, {:.3g}]".format(*row[["value", "low", "high"]].mean()))
+            cells.append("-" if row.empty else _cost(row))
         if set(cells) != {"-"}:
             lines.append(_row([method, *cells]))
     return [*lines, ""]

@@ -386,6 +386,9 @@ def test_one_run_shows_the_interval_within_it(tmp_path: Path) -> None:
     assert "| plain (1 seed) | 86.0 [83.5, 88.2] | 30.0 | 926 [-12.3, 1900] |" in page
     assert "1 run: 1 method, 1 task, seeds 0." in page
     assert "| method | time of a step, x plain |\n| --- | ---: |\n| plain | 1.02 [0.9, 1.1] |" in page
+    few = Row("step_time", Estimate(1.02, 12), "plain")  # too few rounds for an interval
+    dataclasses.replace(one, rows=[few], seed=7).save(tmp_path / "cost.result.json")
+    assert "| plain | 1.02 |" in write_report([tmp_path], tmp_path / "out").page.read_text()
     dataclasses.replace(one, seed=1).save(tmp_path / "second.result.json")
     page = write_report([tmp_path], tmp_path / "out").page.read_text()
     assert "| plain (2 seeds) | 86.0 ± 0.0 | 30.0 ± 0.0 | 926 ± 0 |" in page
