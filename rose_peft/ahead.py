@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,33 @@ from .scores import Facts, Scores
 from .state import SelectionState
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """The mask of a step that has not begun, and the parameters that build no gradient in it.
 
     Args:
         ranking: What the mask follows from.
-        held_back: Parameters of units with mask 0, whose `requires_grad` is off until the step is taken.
+        held_back: Parameters of units with mask 0, whose `requires_grad` is off while a graph is built, and at no
+            other time: users read it to see what trains, and set it.
+        off: Those of them for which it is off now.
     """
 
     ranking: Ranking
     held_back: Sequence[Tensor]
+    off: list[Tensor] = field(default_factory=list)
 
     def hold_back(self) -> None:
-        """Let the parameters build no gradient."""
-        for param in self.held_back:
+        """Let the parameters build no gradient, but for those that the user has frozen."""
+        training = [param for param in self.held_back if param.requires_grad]
+        self.off += training
+        for param in training:
             param.requires_grad_(False)
 
     def release(self) -> None:
         """Let them build gradients again."""
-        for param in self.held_back:
+        for param in self.off:
             param.requires_grad_(True)
+        self.off = []
 
 
 def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: IndexedTensors) -> Plan | None:
@@ -65,7 +71,7 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
     dtype = torch.float64 if parameters[0][1].dtype == torch.float64 else torch.float32
     facts = Facts(state.units, state.sizes.double(), (), int(state.steps), mean, 1.0, dtype)
     values, unscored = scores.first_order.score((), facts)
-    absent = torch.ones(len(state.units), dtype=torch.bool)
+    absent = torch.ones(len(state.units), dtype=torch.bool, device="cpu")
     absent[[index for index, _ in parameters]] = False
     ranking = masks.rank(values, unscored, absent, config.lower_quantile, config.upper_quantile)
     frozen = {index for index, mask in enumerate(ranking.mask.tolist()) if mask == 0}

@@ -51,6 +51,7 @@ class Decision:
         second: The second-order ranking, or None without one.
         risk: What the risk passes said, or None without any.
         average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
+        unmatched: Units with a gradient that second order has nothing to compare with, bool [U]; None without it.
     """
 
     masks: Tensor
@@ -59,6 +60,7 @@ class Decision:
     second: Ranking | None = None
     risk: RiskFigures | None = None
     average: Tensor | None = None
+    unmatched: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
     """
     facts = gathered.facts
     band = config.lower_quantile, config.upper_quantile
-    first_mask = second_mask = first = second = None
+    first_mask = second_mask = first = second = unmatched = None
     if config.needs_risk_pass:
         if gathered.planned is not None:
             first = gathered.planned
@@ -130,11 +132,11 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
         first_mask = first.mask if first is not None else gathered.last_first_mask
     if config.needs_momentum:
         values, unscored = scores.second_order.score(gathered.second_norms, facts)
-        unscored = unscored | gathered.ungraded
+        unmatched, unscored = unscored & ~gathered.ungraded, unscored | gathered.ungraded
         if not bool(unscored.all()):  # else it is the first step: there is nothing to compare with
             second = masks.rank(values, unscored, gathered.ungraded, *band)
-        second_mask = second.mask if second is not None else torch.ones(len(facts.units))
+        second_mask = second.mask if second is not None else torch.ones(len(facts.units), device="cpu")
     mask = masks.mix_or_either(first_mask, second_mask, config.gamma)
     if facts.steps < config.warmup_steps:
         mask = torch.ones_like(mask)
-    return Decision(mask, ~gathered.ungraded, first, second, gathered.risk, gathered.average)
+    return Decision(mask, ~gathered.ungraded, first, second, gathered.risk, gathered.average, unmatched)

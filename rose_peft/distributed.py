@@ -83,7 +83,7 @@ class Processes:
         groups = self.groups
         if not groups:
             return values
-        marked = torch.cat([torch.tensor(standing.mark(), dtype=values.dtype).to(values.device), values])
+        marked = torch.cat([torch.tensor(standing.mark(), dtype=values.dtype, device=values.device), values])
         for group in groups:
             try:
                 dist.all_reduce(marked, op=dist.ReduceOp.SUM, group=group)

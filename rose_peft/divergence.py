@@ -52,7 +52,7 @@ def logits_divergence(
     Args:
         first: Logits of pass 1, as `logits_of` found them.
         second: Logits of pass 2.
-        inputs: Keyword arguments of the forward call.
+        inputs: Arguments of the forward call by name.
         problem_type: `model.config.problem_type` or None.
         causal: Whether the model is a causal language model.
         head: `ROSEConfig.head`: what the logits mean, where the user says it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
@@ -12,6 +13,7 @@ from .engines.seam import Turn
 from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
 from .optimizers import owned_groups
+from .scores import Stepping, require_momentum
 from .state import Record
 from .steered import Steered
 from .update import Masked, MaskedStep
@@ -26,6 +28,7 @@ class Flight:
         masked: The parameters whose update is held back.
         loss_scale: Scale that the gradients still carry.
         decisions: For each adapter in it the decision, and (unit index, holder of a parameter) of what is stepped.
+        starting: What has no momentum yet and is not frozen, so that it must have one afterwards.
         step: What acts on the call that runs now.
         turn: Which call that is.
         stepped: Whether the optimizer has taken it.
@@ -36,6 +39,7 @@ class Flight:
     masked: list[Masked]
     loss_scale: float
     decisions: list[tuple[Steered, Decision, IndexedTensors]]
+    starting: Sequence[Stepping] = ()
     step: MaskedStep | None = None
     turn: Turn = field(default_factory=Turn)
     stepped: bool = False
@@ -123,6 +127,9 @@ class Flights:
 
         Returns:
             Name of the last adapter in it, after the last call of the step.
+
+        Raises:
+            UnsupportedOptimizerError: If the optimizer has stepped and keeps a momentum where it cannot be read.
         """
         flight = self._flights.get(id(optimizer))
         if flight is None or flight.optimizer() is not optimizer:
@@ -132,6 +139,7 @@ class Flights:
         if not flight.turn.last:
             return None
         del self._flights[id(optimizer)]
+        require_momentum(flight.starting)
         return name
 
     def settle(self, optimizer: Optimizer | None = None) -> None:

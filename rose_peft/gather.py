@@ -66,7 +66,7 @@ def gather(
         average = steered.state.risk_average
         average = smooth(average, mean, config.risk_smoothing) if mean is not None else average
         mean = averaged(average)
-    ungraded = torch.ones(units, dtype=torch.bool)
+    ungraded = torch.ones(units, dtype=torch.bool, device="cpu")
     ungraded[[entry.index for entry in stepping]] = False
     planned = steered.plan.ranking if steered.plan is not None else None
     if planned is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .outputs import unwrapped
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "mems")
 
@@ -31,6 +34,26 @@ def cache_before(kwargs: dict[str, Any]) -> dict[str, Any]:
             memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors_inside(cache)}
             found[name] = copy.deepcopy(cache, memo)
     return found
+
+
+def by_name(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names, positional ones too where a signature tells their names.
+
+    Args:
+        module: Who is called.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    names = _positional_names(unwrapped(module)) if args else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _positional_names(module: nn.Module) -> list[str]:
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    # PeftModel hands whatever it gets to the model inside.
+    inner = getattr(module, "get_base_model", None)
+    return names if names or inner is None else _positional_names(inner())
 
 
 def tensors_inside(value: Any, _seen: set[int] | None = None) -> Iterator[Tensor]:
@@ -103,7 +126,7 @@ def take_rows(
     if count is None or not apart or (count == 1 and fraction < 1):
         return Rows(args, kwargs, None)
     wanted = math.ceil(fraction * count)
-    index = (torch.arange(wanted) * count // wanted).repeat(times)
+    index = (torch.arange(wanted, device="cpu") * count // wanted).repeat(times)
     if wanted == count and times == 1:
         return Rows(args, kwargs, index)
     taken = tuple(_take(value, index, count, None) for value in args)

@@ -105,7 +105,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             assert value is not None
             slot = self.slots(name)[0] if self.slots(name) else None
             copied = slot[0]._parameters[slot[1]] if slot is not None else None
-            value = value if copied is None else value.to(copied.device)
+            value = value if copied is None else value.to(copied)
             self.base_layer._parameters[name] = nn.Parameter(value, requires_grad=False)
         self._away.clear()
 

@@ -82,7 +82,7 @@ def mix(first: Tensor, second: Tensor, gamma: float) -> Tensor:
     Returns:
         float32 [U] with values in {0, gamma, 1 - gamma, 1}.
     """
-    weight = torch.tensor(gamma, dtype=torch.float32)
+    weight = torch.tensor(gamma, dtype=torch.float32, device="cpu")
     # Where both masks keep a unit the sum is exactly 1: the rounding of 1 - gamma is too small to show in it.
     return weight * first + (1 - weight) * second
 

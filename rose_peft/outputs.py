@@ -118,7 +118,8 @@ def loss_of(output: Any) -> Tensor | None:
 def with_loss(output: Any, loss: Tensor) -> Any:
     """Return the output with its loss replaced; mappings are changed in place, tuples are rebuilt."""
     if isinstance(output, tuple):
-        return (loss, *output[1:])
+        values = (loss, *output[1:])
+        return type(output)(*values) if hasattr(output, "_fields") else values  # a named tuple stays one
     output["loss"] = loss
     return output
 
@@ -135,14 +136,15 @@ def head_kind(logits: Tensor, problem_type: str | None, head: str | None = None)
     """Tell what logits mean: as the user says, by the `problem_type` of transformers, else by the number of outputs.
 
     Args:
-        logits: [..., C].
+        logits: [..., C], or [B] of models that give one number per example.
         problem_type: `model.config.problem_type`, which transformers sets itself once it has seen labels.
         head: `ROSEConfig.head`.
     """
     if head is not None:
         kinds: dict[str, HeadKind] = {"regression": "regression", "multi_label": "multi_label"}
         return kinds.get(head, "softmax")
-    if problem_type == "regression" or logits.shape[-1] == 1:
+    # One number per example, [B, 1] or squeezed to [B]: a softmax over the latter would compare examples.
+    if problem_type == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
         return "regression"
     if problem_type == "multi_label_classification":
         return "multi_label"
@@ -154,7 +156,7 @@ def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -
 
     Args:
         logits: [B, T, C].
-        inputs: Keyword arguments of the forward call; `labels`, `decoder_attention_mask` and `attention_mask` count.
+        inputs: Arguments of the forward call by name; `labels`, `decoder_attention_mask` and `attention_mask` count.
         causal: Whether the logits at position t predict the label at t + 1.
 
     Returns:

@@ -78,8 +78,10 @@ class Passes:
         training = self._training()
         if not training:
             # FSDP1 takes parameters away, as merging does; only that is refused.
-            units = [unit for units in self._live.by_adapter.values() for unit in units]
+            units = [unit for units in self._live.by_adapter.values() for unit in units] + self._live.lost()
             self.around.check(module, [tensor for unit in units for tensor in unit.tensors()])
+            if module.training:
+                self._live.refuse_lost()
             return
         if not module.training:
             for steered in training:
@@ -115,7 +117,8 @@ class Passes:
         given = output
         call = Call(module, args, kwargs, self._caches)
         self._caches = {}
-        for steered in self._training():
+        training = self._training()
+        for steered in training:
             if steered.config.risk_is_due(int(steered.state.steps)):
                 head = Head(self._live.model, steered.config.task_type, steered.config.head)
                 if _is_paired(steered):
@@ -125,6 +128,9 @@ class Passes:
             steered.window.calls += 1
             if steered.plan is not None:
                 self._hold_back_in_backward(steered, output)
+        for steered in training:
+            if steered.plan is not None:
+                steered.plan.release()  # the graph is built
         return None if output is given else output
 
     def stepped_without(self, optimizer: Optimizer) -> None:
@@ -194,12 +200,13 @@ class Passes:
 
     @staticmethod
     def _hold_back_in_backward(steered: Steered, output: Any) -> None:
-        """Keep to the plan where blocks are computed again: what saves the adapters' state may have let it go."""
+        """Keep to the plan in a backward pass, where checkpointed blocks are computed again."""
         planned = steered.plan
 
         def begins(_: Tensor) -> None:
             if planned is not None and steered.plan is planned:
                 planned.hold_back()
+                torch.autograd.Variable._execution_engine.queue_callback(planned.release)
 
         for tensor in tensors_of(output):
             if tensor.requires_grad:

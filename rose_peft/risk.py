@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from .decision import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
+from .inputs import by_name
 from .norms import IndexedTensors, add_per_unit, local_part, norms_of, squares
 from .outputs import asking_for_logits, is_causal, logits_of, loss_of, tensors_of, with_loss
 
@@ -37,6 +38,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     caches: dict[str, Any]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The arguments by their names, as far as these are known."""
+        return by_name(self.module, self.args, self.kwargs)
 
     def again(self, **changed: Any) -> Any:
         """Call the module once more, past its hooks.
@@ -96,7 +102,7 @@ def paired_pass(call: Call, output: Any, head: Head) -> tuple[Tensor, Tensor, An
     asking = asking_for_logits(output, call.kwargs)
     first = call.again(**asking) if asking else output
     second = call.again(**asking)
-    value, equal = head.divergence(head.logits(first), head.logits(second), call.kwargs)
+    value, equal = head.divergence(head.logits(first), head.logits(second), call.inputs)
     losses = loss_of(output), loss_of(second)
     if losses[0] is not None and losses[1] is not None:
         output = with_loss(output, (losses[0] + losses[1]) / 2)

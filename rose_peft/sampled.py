@@ -115,7 +115,7 @@ def sampled_pass(
     """
     first, second = sample.both(head)
     rounding = 0.0 if sample.twice is None else _ROUNDING
-    value, equal = head.divergence(first, second, sample.call.kwargs, rounding)
+    value, equal = head.divergence(first, second, sample.call.inputs, rounding)
     if exact and sample.twice is not None:
         # Where nothing but a draw per call makes calls differ, both halves are equal and say nothing.
         equal = equal | sample.two_calls_are_equal(head)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .engines.seam import Engine, Group, Part
+from .errors import UnsupportedOptimizerError
 from .masks import second_order_scores
 from .optimizers import MomentumRule, momentum_of, momentum_rule, no_momentum
 
@@ -149,6 +150,35 @@ class SecondOrder:
         return scores, (momenta == 0) | (gradients == 0)
 
 
+def starting(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
+    """The parameters that have no momentum yet.
+
+    Args:
+        stepping: The parameters of units that have a gradient.
+        stepped: The units to look at, bool [U].
+    """
+    chosen = set(stepped.nonzero().flatten().tolist())
+    return [entry for entry in stepping if entry.index in chosen and entry.momentum is None]
+
+
+def require_momentum(stepping: Sequence[Stepping]) -> None:
+    """Refuse an optimizer that has stepped parameters and shows no momentum of them: none would ever be ranked.
+
+    Args:
+        stepping: Parameters that a step has just moved.
+
+    Raises:
+        UnsupportedOptimizerError: Naming where it was looked for.
+    """
+    for entry in stepping:
+        if entry.momentum is None:
+            raise UnsupportedOptimizerError(
+                f"{type(entry.optimizer).__name__} has stepped and shows no momentum of what it has stepped under "
+                f"state[parameter][{entry.rule.key!r}], so new gradients cannot be compared with it. Tell ROSE where "
+                "it is with register_momentum_rule, or use torch.optim.AdamW, or strategy='first_order'."
+            )
+
+
 def fresh_factors(facts: Facts) -> Tensor:
     """Factor with which each unit's gradient enters its momentum, in `facts.dtype` [U]; 1 for units without gradient.
 
@@ -159,7 +189,7 @@ def fresh_factors(facts: Facts) -> Tensor:
     fresh = [1.0] * len(facts.units)  # a list: writing numbers into a tensor one by one takes ten times as long
     for entry in facts.stepping:
         fresh[entry.index] = rules[id(entry.group)].fresh
-    return torch.tensor(fresh, dtype=torch.float64).to(facts.dtype)
+    return torch.tensor(fresh, dtype=torch.float64, device="cpu").to(facts.dtype)
 
 
 def rules_of(stepping: Sequence[Stepping]) -> dict[int, MomentumRule]:

@@ -50,7 +50,9 @@ class Standing:
         Args:
             device: Where it is wanted.
         """
-        return torch.cat([torch.tensor([self.steps, self.calls], dtype=torch.float64), self.masks.double()]).to(device)
+        return torch.cat(
+            [torch.tensor([self.steps, self.calls], dtype=torch.float64, device="cpu"), self.masks.double()]
+        ).to(device)
 
 
 def all_equal(marks: Sequence[float], processes: int) -> bool:

@@ -129,28 +129,29 @@ class SelectionState:
     def __init__(self, names: Sequence[str], sizes: Sequence[int] | None = None) -> None:
         units = len(names)
         nan = float("nan")
-        self.values: dict[str, Any] = {
-            "version": VERSION,
-            "units": list(names),
-            "sizes": torch.tensor(list(sizes) if sizes is not None else [1] * units, dtype=torch.int64),
-            "steps": torch.zeros((), dtype=torch.int64),
-            "skipped": torch.zeros((), dtype=torch.int64),
-            "whole": torch.zeros((), dtype=torch.int64),
-            "mask_sum": torch.zeros(units, dtype=torch.float64),
-            "unit_steps": torch.zeros(units, dtype=torch.int64),
-            "last_mask": torch.ones(units, dtype=torch.float32),
-            "last_stepped": torch.zeros(units, dtype=torch.bool),
-            "first_mask": torch.ones(units, dtype=torch.float32),
-            "second_mask": torch.ones(units, dtype=torch.float32),
-            "first_scores": torch.full((units,), nan, dtype=torch.float64),
-            "second_scores": torch.full((units,), nan, dtype=torch.float64),
-            "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
-            "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
-            "risk_scale": torch.full((), FIRST_RISK_SCALE, dtype=torch.float64),
-            "risk_average": torch.zeros(2, units, dtype=torch.float64),
-            "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
-            "history_stride": torch.ones((), dtype=torch.int64),
-        }
+        with torch.device("cpu"):  # whatever the default is
+            self.values: dict[str, Any] = {
+                "version": VERSION,
+                "units": list(names),
+                "sizes": torch.tensor(list(sizes) if sizes is not None else [1] * units, dtype=torch.int64),
+                "steps": torch.zeros((), dtype=torch.int64),
+                "skipped": torch.zeros((), dtype=torch.int64),
+                "whole": torch.zeros((), dtype=torch.int64),
+                "mask_sum": torch.zeros(units, dtype=torch.float64),
+                "unit_steps": torch.zeros(units, dtype=torch.int64),
+                "last_mask": torch.ones(units, dtype=torch.float32),
+                "last_stepped": torch.zeros(units, dtype=torch.bool),
+                "first_mask": torch.ones(units, dtype=torch.float32),
+                "second_mask": torch.ones(units, dtype=torch.float32),
+                "first_scores": torch.full((units,), nan, dtype=torch.float64),
+                "second_scores": torch.full((units,), nan, dtype=torch.float64),
+                "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
+                "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
+                "risk_scale": torch.full((), FIRST_RISK_SCALE, dtype=torch.float64),
+                "risk_average": torch.zeros(2, units, dtype=torch.float64),
+                "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
+                "history_stride": torch.ones((), dtype=torch.int64),
+            }
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -255,26 +255,31 @@ class LiveUnits:
         # The settings given here overrule those of adapters that are there already, such as loaded ones.
         self._overruled = dict(self._peft_configs() or {})
         self.by_adapter: dict[str, list[Unit]] = {}
-        self._warned = False
+        self._warned = self._warned_of_one = False
+        self._lost: tuple[TargetModulesError, list[Unit]] | None = None
         self._find()
 
     def _find(self) -> None:
         self._signature = self._structure()
         self._witness = self._first_tuner_layer()
-        self.by_adapter = {}
+        self.by_adapter = self._units_by_adapter()
+        self._warn_of_small_coverage()
+        self._warn_of_a_single_unit()
+
+    def _units_by_adapter(self) -> dict[str, list[Unit]]:
         configs = self._peft_configs()
         if configs == {}:  # after the last adapter was deleted there is nothing to steer
-            return
+            return {}
+        found: dict[str, list[Unit]] = {}
         if not any(isinstance(config, ROSEConfig) for config in (configs or {}).values()):
             for unit in find_units(self.model, self._config):
-                self.by_adapter.setdefault(unit.adapter, []).append(unit)
-            self._warn_of_small_coverage()
-            return
+                found.setdefault(unit.adapter, []).append(unit)
+            return found
         for adapter, own in (configs or {}).items():
             if isinstance(own, ROSEConfig):
-                found = find_units(self.model, self.config_of(adapter))
-                self.by_adapter[adapter] = [unit for unit in found if unit.adapter == adapter]
-        self._warn_of_small_coverage()
+                units = find_units(self.model, self.config_of(adapter))
+                found[adapter] = [unit for unit in units if unit.adapter == adapter]
+        return found
 
     def _warn_of_small_coverage(self) -> None:
         """Say once where most of the blocks is never masked; adapters are small beside the weights by their nature."""
@@ -285,6 +290,19 @@ class LiveUnits:
                 warnings.warn(
                     f"the {len(units)} units cover {coverage:.0%} of the weights in repeated blocks, less than half: "
                     "the others are never masked. Widen target_modules if that is not meant.",
+                    stacklevel=2,
+                )
+
+    def _warn_of_a_single_unit(self) -> None:
+        """Say once where there is nothing to rank: the quantiles of one score keep it."""
+        for adapter, units in self.by_adapter.items():
+            config = self.config_of(adapter)
+            all_kept = (config.lower_quantile, config.upper_quantile) == (0, 1)
+            if len(units) == 1 and not all_kept and not self._warned_of_one:
+                self._warned_of_one = True
+                warnings.warn(
+                    f"there is one unit, {units[0].name!r}, and nothing to rank it against, so its updates are never "
+                    "held back: ROSE has no effect. Name more modules in target_modules.",
                     stacklevel=2,
                 )
 
@@ -302,8 +320,26 @@ class LiveUnits:
         return self._signature != self._structure()
 
     def refresh(self) -> None:
-        """Find the units anew."""
-        self._find()
+        """Find the units anew; where there are none any more, `lost` says so when this model trains on."""
+        before, self._lost = self.by_adapter, None
+        try:
+            self._find()
+        except TargetModulesError as error:  # not now: it may be another model that is about to step
+            self.by_adapter = {}
+            self._lost = error, [unit for units in before.values() for unit in units]
+
+    def lost(self) -> list[Unit]:
+        """The units that there were before the model lost them all."""
+        return [] if self._lost is None else self._lost[1]
+
+    def refuse_lost(self) -> None:
+        """Refuse to train a model that has lost its units.
+
+        Raises:
+            TargetModulesError: If it has.
+        """
+        if self._lost is not None:
+            raise self._lost[0]
 
     def unloaded(self) -> bool:
         """Whether the adapter was merged or unloaded, of which other methods' tuners do not tell us."""
@@ -379,18 +415,19 @@ class LiveUnits:
         return configs if isinstance(configs, dict) else None
 
     def _structure(self) -> tuple[Any, ...]:
-        """Changes whenever a module or an adapter comes, goes or moves."""
+        """Changes whenever a module, a parameter or an adapter comes, goes, moves or gets another name."""
         configs = self._peft_configs()
         adapters = None if configs is None else tuple((name, id(config)) for name, config in configs.items())
-        modules: list[int] = []
+        found: list[int | str] = [*self.model._parameters]
         waiting = [self.model]
         while waiting:  # by hand: `model.modules()` takes several times as long, and this is asked twice a step
             for child in waiting.pop()._modules.values():
                 if child is not None:
-                    modules.append(id(child))
+                    found.append(id(child))
+                    found.extend(child._parameters)  # pruning and old weight norms rename those of a module
                     if child._modules:
                         waiting.append(child)
-        return adapters, hash(tuple(modules))
+        return adapters, hash(tuple(found))
 
     def _first_tuner_layer(self) -> nn.Module | None:
         return next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ QUIET_PASSES = 16
 BYPASSED_STEPS = 4
 # Steps of an optimizer that holds frozen tensors of the model only, while units wait for theirs.
 FROZEN_STEPS = 20
+# Training passes, and steps of optimizers that hold no unit, without a masked step.
+STRAY_STEPS = 50
 # Optimizer steps in a row whose risk passes say nothing (not finite, or both outputs equal although there is dropout).
 IDLE_STEPS = 50
 
@@ -45,6 +48,7 @@ class Watchdog:
         self._anchor: list[Tensor] | None = None
         self._previous: list[Tensor] | None = None
         self._frozen_steps = 0
+        self._stray_steps = 0
         self._idle_steps = 0
         # Until risk passes have differed once, it is worth its price to compare them to the last bit.
         self.passes_differed = False
@@ -103,14 +107,14 @@ class Watchdog:
             parameters: (unit index, parameter) of those that were stepped.
         """
         self._stepped.put(parameters)
-        self._quiet_passes = self._bypassed = self._frozen_steps = self._eval_passes = 0
+        self._quiet_passes = self._bypassed = self._frozen_steps = self._stray_steps = self._eval_passes = 0
         self._anchor = self._previous = None
 
     def foreign_step(self, optimizer: torch.optim.Optimizer, parameters: IndexedTensors) -> None:
         """Look at a step of an optimizer that holds no unit while units have gradients.
 
-        One that holds other models, perturbations or the head is none of our business. One that holds nothing of this
-        model but what does not train was made before the adapter was.
+        One that holds other models, perturbations or the head may be right, so after a while it is only said. One that
+        holds nothing of this model but what does not train was made before the adapter was.
 
         Args:
             optimizer: Who steps.
@@ -125,6 +129,7 @@ class Watchdog:
         own = {id(param): param for param in host.parameters()}
         held = [own[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in own]
         if not held or any(param.requires_grad for param in held):
+            self._warn_of_stray_steps(optimizer)
             return
         self._frozen_steps += 1
         if self._frozen_steps > FROZEN_STEPS:
@@ -132,6 +137,17 @@ class Watchdog:
                 f"{type(optimizer).__name__} has stepped {self._frozen_steps} times while the units have gradients, "
                 f"and holds none of them: of this model it has {len(held)} tensors, all frozen. Make the optimizer "
                 "from model.parameters() after get_peft_model."
+            )
+
+    def _warn_of_stray_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        self._stray_steps += 1
+        if self._stray_steps == STRAY_STEPS and self._quiet_passes >= STRAY_STEPS:
+            warnings.warn(
+                f"no optimizer that holds units has stepped in {self._quiet_passes} training passes which gave them "
+                f"gradients, but {type(optimizer).__name__} has, {STRAY_STEPS} times: they do not train, and ROSE "
+                "masks nothing. Make the optimizer anew from model.parameters() after get_peft_model, or set "
+                "requires_grad_(False) on what shall not train now.",
+                stacklevel=2,
             )
 
     # Risk passes that say nothing -----------------------------------------------------------------------------------
@@ -257,7 +273,7 @@ def _sample(parameters: IndexedTensors, tensors: int = 8, elements: int = 16) ->
     stride = max(1, len(parameters) // tensors)
     chosen = [param for _, param in parameters[::stride]]
     # What FSDP2 shows is sometimes a shard and sometimes whole; only the like can be compared.
-    shards = torch.tensor([isinstance(param, DTensor) for param in chosen])
+    shards = torch.tensor([isinstance(param, DTensor) for param in chosen], device="cpu")
     return [shards, *(local_part(param.detach()).flatten()[:elements].clone() for param in chosen)]
 
 

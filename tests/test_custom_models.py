@@ -1112,3 +1112,49 @@ def test_base_config_cannot_join_a_fully_tuned_model() -> None:
         model.add_adapter("lora", ROSEConfig(base_config=LoraConfig(target_modules=["lin0"])))
     assert list(model.peft_config) == ["default"]
     train_watched(model, MLP.inputs())
+
+
+# Parameters that get another name ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["first_order", "second_order", "ensemble"])
+def test_a_model_that_is_pruned_after_attaching_is_steered_on(strategy) -> None:
+    """Pruning puts `weight_orig` in the place of `weight`, in the same module."""
+    from torch.nn.utils import prune
+
+    from rose_peft import attach_rose
+
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.5))
+    linear = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "encoder" in n]
+    for module in linear:
+        prune.l1_unstructured(module, "weight", amount=0.3)
+    train_watched(model, batch(model))
+    assert sum(unit.name.endswith("weight_orig") for unit in selector.units) == len(linear)
+    assert selector.statistics().steps > 0 and selector.statistics().kept_share < 1
+
+
+def test_one_unit_alone_is_told() -> None:
+    from peft import LoraConfig
+
+    lora = LoraConfig(target_modules=["layer.0.attention.self.query"])
+    with pytest.warns(UserWarning, match="there is one unit, .*query.*ROSE has no effect"):
+        get_peft_model(tiny_bert(), ROSEConfig(base_config=lora))
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """Torch makes tensors there where nothing says another place; "meta" stands for an accelerator."""
+    from rose_peft import attach_rose
+
+    model = tiny_bert()
+    with torch.device("meta"):
+        selector = attach_rose(model, ROSEConfig(upper_quantile=0.5))
+    optimizer = optimizer_of(model)
+    model.train()
+    for seed in range(3):
+        model(**batch(model, seed=seed)).loss.backward()
+        with torch.device("meta"):
+            selector.before_step(optimizer, (optimizer,), {})
+        optimizer.step()
+        optimizer.zero_grad()
+    assert selector.statistics().steps == 3 and selector.state.last_mask.device.type == "cpu"

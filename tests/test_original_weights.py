@@ -96,3 +96,9 @@ def test_bad_values_are_named() -> None:
         ROSEConfig(original_weights="disk")
     with pytest.raises(RoseConfigError, match=r"original_weights='drop'.*base_config"):
         ROSEConfig(original_weights="drop", base_config=LoraConfig())
+
+
+def test_originals_come_back_in_the_type_that_the_model_has_now() -> None:
+    model = get_peft_model(tiny_bert(), ROSEConfig(task_type="SEQ_CLS", original_weights="cpu")).to(torch.bfloat16)
+    with torch.no_grad(), model.disable_adapter():
+        assert model(**batch(model)).logits.dtype == torch.bfloat16

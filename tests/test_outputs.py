@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -240,6 +240,67 @@ def test_the_config_says_what_logits_mean(head: str, problem_type: str) -> None:
     assert said == pytest.approx(known, rel=1e-5), "what the config says goes before problem_type"
     misread = scores_after_a_step(tiny_bert(problem_type=other), inputs, mean_square)
     assert misread != pytest.approx(known, rel=1e-3)
+
+
+class OneNumber(Returns):
+    """One number per example: [B, 1], or [B] where it is squeezed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = Returns.forward(self, x)[:, :1]
+        return numbers.squeeze(-1) if self.squeezed else numbers
+
+
+@pytest.mark.parametrize("risk_pass", ["paired", "sampled"])
+def test_squeezed_logits_are_numbers_and_no_distribution_over_the_batch(risk_pass: str) -> None:
+    scores = []
+    for squeezed in (False, True):
+        torch.manual_seed(0)
+        model = OneNumber("logits").train()
+        model.squeezed = squeezed
+        scores.append(scores_after_a_step(model, vectors(), mean_square, risk_pass=risk_pass))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
+
+
+def test_labels_count_whether_they_are_given_by_name_or_by_place() -> None:
+    from transformers import BertConfig, BertForTokenClassification
+
+    from tests.helpers.tiny import SIZES
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return BertForTokenClassification(BertConfig(**SIZES))
+
+    inputs = batch(tiny_bert())
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, :2] = 1
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    known = scores_after_a_step(build(), {"input_ids": ids, "attention_mask": mask, "labels": labels}, mean_square)
+    model = build().train()
+    selector = attach_rose(model, ROSEConfig(strategy="first_order"))
+    optimizer = optimizer_of(model)
+    torch.manual_seed(1)
+    mean_square(model(ids, mask, None, None, None, None, labels)).backward()
+    optimizer.step()
+    found = {name: unit.first_order_score for name, unit in selector.statistics().units.items()}
+    assert found == pytest.approx(known, rel=1e-6)
+
+
+class Named(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+
+
+def test_a_named_tuple_stays_one() -> None:
+    class ReturnsNamed(Returns):
+        def forward(self, x: Tensor) -> Named:
+            logits = super().forward(x)
+            return Named(logits.square().mean(), logits)
+
+    torch.manual_seed(0)
+    model = ReturnsNamed("logits").train()
+    attach_rose(model, ROSEConfig(strategy="first_order"))
+    output = model(**vectors())
+    assert type(output) is Named and output.loss.dim() == 0 and output.logits.shape == (5, 3)
 
 
 def test_per_token_scores_can_be_declared() -> None:

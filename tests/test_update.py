@@ -21,6 +21,8 @@ from rose_peft.steered import Steered
 from tests.helpers import reference
 from tests.helpers.blocks import Blocks, set_gradients, weights
 from tests.helpers.comparing import assert_same, everything
+from tests.helpers.steps import train_step
+from tests.helpers.tiny import batch, tiny_bert
 
 SHARES = (0.0, 0.3, 0.5, 0.7, 1.0)
 
@@ -427,6 +429,44 @@ def test_a_momentum_that_cannot_be_read_is_refused():
         real_step(Hidden(model.parameters()), model, "second_order")
 
 
+class MovedState(torch.optim.Optimizer):
+    """Keeps its momenta by name, as PEFT's LoRA-FA does, or under a key of its own, as AdamW inside of Muon may."""
+
+    def __init__(self, parameters, where: str) -> None:
+        super().__init__(parameters, {"lr": 1e-3, "betas": (0.9, 0.999)})
+        self.where = where
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for number, param in enumerate(self.param_groups[0]["params"]):
+            if param.grad is not None:
+                state = self.state[f"layer{number}" if self.where == "by name" else param]
+                momentum = state.setdefault("moment1", torch.zeros_like(param))
+                param.sub_(momentum.lerp_(param.grad, 0.1), alpha=1e-3)
+
+
+@pytest.mark.parametrize("strategy", ["second_order", "ensemble"])
+@pytest.mark.parametrize("where", ["by name", "other keys"])
+def test_a_momentum_that_lies_elsewhere_is_refused_after_the_first_step(where, strategy):
+    """No unit would ever have anything to be compared with, so all would be kept for good."""
+    model = tiny_bert()
+    attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.5))
+    optimizer = MovedState(model.parameters(), where)
+    with pytest.raises(
+        UnsupportedOptimizerError, match=r"MovedState (has stepped and shows|keeps no readable).*exp_avg"
+    ):
+        train_step(model, optimizer, 0)
+
+
+def test_a_momentum_that_lies_elsewhere_does_not_matter_to_first_order():
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", upper_quantile=0.5))
+    optimizer = MovedState(model.parameters(), "by name")
+    for step in range(3):
+        train_step(model, optimizer, step)
+    assert selector.statistics().steps == 3
+
+
 def test_lion_is_scored_by_the_rate_that_its_momentum_has():
     model = Blocks()
     optimizer = Lion(model.parameters(), betas=(0.9, 0.75))
@@ -707,8 +747,6 @@ def test_a_unit_without_gradient_is_left_out_of_the_ranking():
 
 def scaled_run(fused: bool, strategy: str, overflow_at: int | None, scaler_on: bool = True, unscale: bool = False):
     """Five steps of a real model, with a scaler, and one more step in between whose gradients overflow."""
-    from tests.helpers.tiny import batch, tiny_bert
-
     model = tiny_bert()
     selector = attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.5))
     # Gradients of key biases are rounding errors (softmax does not see what is added to all keys), of some 1e-9: with

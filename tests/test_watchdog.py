@@ -243,3 +243,47 @@ def test_the_error_is_one_that_users_can_catch() -> None:
     with pytest.raises(RoseError) as caught:
         train_by(model, under_no_grad, PATIENCE)
     assert "\n" not in str(caught.value)
+
+
+# Optimizers that hold no unit ---------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_a_former_adapter_is_told() -> None:
+    """Its steps move nothing of this model, so the new adapter does not train."""
+
+    def tuned(base: nn.Module) -> nn.Module:
+        lora = LoraConfig(r=2, lora_alpha=8, target_modules=["query", "dense"])
+        return get_peft_model(base, ROSEConfig(strategy="second_order", base_config=lora))
+
+    model = tuned(tiny_bert())
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+    train_step(model, optimizer, 0)
+    model = tuned(model.merge_and_unload())
+    with pytest.warns(UserWarning, match="no optimizer that holds units has stepped in .* but AdamW has"):
+        for seed in range(60):
+            backward(model, seed)
+            optimizer.step()
+    assert get_selector(model).statistics().steps == 0
+
+
+def test_an_optimizer_from_before_the_adapter_is_told_where_it_holds_biases_that_train() -> None:
+    base = tiny_bert()
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=["query", "dense"], bias="all")
+    model = get_peft_model(base, ROSEConfig(strategy="second_order", base_config=lora))
+    with pytest.warns(UserWarning, match="no optimizer that holds units has stepped"):
+        for seed in range(60):
+            backward(model, seed)
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_of_the_head_beside_that_of_the_units_is_fine() -> None:
+    model = make("attach", "second_order")
+    head = torch.optim.AdamW(model.classifier.parameters(), lr=1e-3)
+    rest = torch.optim.AdamW(model.bert.parameters(), lr=1e-3)
+    for step in range(120):
+        backward(model, step)
+        head.step()
+        if step % 10 == 9:
+            rest.step()
