@@ -309,6 +309,15 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 raise
             return self._attribute(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("parameter_names", ()):
+            adapter_name = self._adapter_in_use()
+            slot = None if adapter_name is None else self.slot(name, adapter_name)
+            owner, key = slot if slot is not None else (self.base_layer, name)
+            owner._parameters[key] = value  # `tie_weights` ties what is in use
+        else:
+            super().__setattr__(name, value)
+
     def _attribute(self, name: str) -> Any:
         return getattr(self._module_in_use(), name)
 

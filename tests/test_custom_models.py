@@ -1158,3 +1158,19 @@ def test_the_default_device_does_not_matter() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert selector.statistics().steps == 3 and selector.state.last_mask.device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_tied_weights_can_be_tied_again(kind) -> None:
+    """Engines do so after they have loaded or split the weights."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    base = (
+        GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+        if kind == "gpt2"
+        else T5ForConditionalGeneration(T5Config(**sizes))
+    )
+    model = get_peft_model(base, ROSEConfig(strategy="second_order"))
+    before = {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
+    model.tie_weights()
+    assert {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)} == before
