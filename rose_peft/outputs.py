@@ -106,19 +106,24 @@ def asking_for_logits(output: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def loss_of(output: Any) -> Tensor | None:
     """Return the loss in what a model returned, or None where it computed none."""
-    if isinstance(output, Mapping):
-        loss = output.get("loss")
-    elif isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:
-        loss = output[0]
-    else:
-        loss = None
+    if isinstance(output, tuple):
+        place = _place_of_loss(output)
+        return None if place is None else output[place]
+    loss = output.get("loss") if isinstance(output, Mapping) else None
     return loss if isinstance(loss, Tensor) else None
+
+
+def _place_of_loss(output: tuple[Any, ...]) -> int | None:
+    """Where the loss stands in a tuple: in front, as in transformers, or wherever the only scalar is."""
+    scalars = [place for place, item in enumerate(output) if isinstance(item, Tensor) and item.dim() == 0]
+    return scalars[0] if len(scalars) == 1 or (scalars and scalars[0] == 0) else None
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
     """Return the output with its loss replaced; mappings are changed in place, tuples are rebuilt."""
     if isinstance(output, tuple):
-        values = (loss, *output[1:])
+        place = _place_of_loss(output)
+        values = tuple(loss if index == place else item for index, item in enumerate(output))
         return type(output)(*values) if hasattr(output, "_fields") else values  # a named tuple stays one
     output["loss"] = loss
     return output

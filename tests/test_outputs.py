@@ -288,6 +288,25 @@ def test_labels_count_whether_they_are_given_by_name_or_by_place() -> None:
     assert found == pytest.approx(known, rel=1e-6)
 
 
+def test_the_loss_behind_the_logits_is_the_mean_of_both_passes_too() -> None:
+    """As small models of one's own return it."""
+
+    class LogitsFirst(Returns):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = super().forward(x)
+            seen.append(logits.square().mean())
+            return logits, seen[-1]
+
+    seen: list[Tensor] = []
+    torch.manual_seed(0)
+    model = LogitsFirst("logits").train()
+    attach_rose(model, ROSEConfig(strategy="first_order"))
+    logits, loss = model(**vectors())
+    first, second, *_ = seen
+    assert logits.shape == (5, 3) and first != second
+    torch.testing.assert_close(loss, (first + second) / 2)
+
+
 class Named(NamedTuple):
     loss: Tensor
     logits: Tensor
