@@ -219,8 +219,8 @@ def test_a_reference_pass_before_a_backward_that_computes_again(lora: bool) -> N
             assert_masks_acted(selector, before)
 
 
-def test_between_calls_parameters_say_whether_they_train() -> None:
-    """A loop that ends on a leftover micro-batch makes its next optimizer from what requires a gradient."""
+def with_a_leftover() -> tuple[nn.Module, torch.optim.Optimizer, list[torch.Tensor]]:
+    """A model after three steps and one micro-batch more, its optimizer, and what was held back in that one."""
     model = tiny_bert()
     selector = attach_rose(model, skipping())
     optimizer = adamw(model)
@@ -229,20 +229,17 @@ def test_between_calls_parameters_say_whether_they_train() -> None:
         optimizer.step()
         optimizer.zero_grad()
     forward_backward(model, 3)
-    held_back = [param for unit in selector.units for param in unit.parameters() if param.grad is None]
+    return model, optimizer, [p for unit in selector.units for p in unit.parameters() if p.grad is None]
+
+
+def test_between_calls_parameters_say_whether_they_train() -> None:
+    """A loop that ends on a leftover micro-batch makes its next optimizer from what requires a gradient."""
+    model, _, held_back = with_a_leftover()
     assert held_back and all(param.requires_grad for param in model.parameters())
 
 
 def test_what_the_user_freezes_stays_frozen() -> None:
-    model = tiny_bert()
-    selector = attach_rose(model, skipping())
-    optimizer = adamw(model)
-    for step in range(3):
-        forward_backward(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-    forward_backward(model, 3)
-    (frozen, *_) = [param for unit in selector.units for param in unit.parameters() if param.grad is None]
+    model, optimizer, (frozen, *_) = with_a_leftover()
     frozen.requires_grad_(False)
     before = frozen.detach().clone()
     for step in range(4, 8):
