@@ -49,7 +49,10 @@ def by_name(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _positional_names(module: nn.Module) -> list[str]:
-    parameters = inspect.signature(module.forward).parameters.values()
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is no Python function tells no names
+        return []
     names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     # PeftModel hands whatever it gets to the model inside.
     inner = getattr(module, "get_base_model", None)

@@ -151,14 +151,20 @@ class SecondOrder:
 
 
 def starting(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
-    """The parameters that have no momentum yet.
+    """The parameters that have no momentum yet, of optimizers that keep one.
 
     Args:
         stepping: The parameters of units that have a gradient.
         stepped: The units to look at, bool [U].
     """
     chosen = set(stepped.nonzero().flatten().tolist())
-    return [entry for entry in stepping if entry.index in chosen and entry.momentum is None]
+    return [
+        entry
+        for entry in stepping
+        if entry.index in chosen
+        and momentum_rule(entry.optimizer, entry.group) is not None  # scores of users may do without
+        and entry.momentum is None
+    ]
 
 
 def require_momentum(stepping: Sequence[Stepping]) -> None:

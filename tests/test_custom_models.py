@@ -1174,3 +1174,17 @@ def test_tied_weights_can_be_tied_again(kind) -> None:
     before = {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)}
     model.tie_weights()
     assert {name: id(param) for name, param in model.named_parameters(remove_duplicate=False)} == before
+
+
+def test_a_model_that_lost_all_its_units_is_refused_when_it_trains_on_and_others_are_left_alone() -> None:
+    from rose_peft import attach_rose
+
+    model, other = tiny_bert(), tiny_bert()
+    attach_rose(model, ROSEConfig(strategy="second_order"))
+    attach_rose(other, ROSEConfig(strategy="second_order"))
+    model.bert.encoder.layer = nn.ModuleList()
+    train(other, batch(other))
+    with torch.no_grad():
+        model(**batch(model))
+    with pytest.raises(TargetModulesError, match="leaves no weight to mask"):
+        model(**batch(model))

@@ -15,7 +15,7 @@ from transformers.optimization import Adafactor
 
 from rose_peft import ROSEConfig, UnsupportedOptimizerError, attach_rose
 from rose_peft.decision import Decision
-from rose_peft.scores import Stepping
+from rose_peft.scores import Scores, SecondOrder, Stepping
 from rose_peft.selector import RoseSelector
 from rose_peft.steered import Steered
 from tests.helpers import reference
@@ -456,6 +456,23 @@ def test_a_momentum_that_lies_elsewhere_is_refused_after_the_first_step(where, s
         UnsupportedOptimizerError, match=r"MovedState (has stepped and shows|keeps no readable).*exp_avg"
     ):
         train_step(model, optimizer, 0)
+
+
+def test_a_score_that_needs_no_momentum_goes_with_an_optimizer_that_has_none():
+    class ByGradient(SecondOrder):
+        def tensors(self, stepping):
+            return [[(entry.index, entry.gradient) for entry in stepping]]
+
+        def score(self, norms, facts):
+            return norms[0].to(facts.dtype), torch.arange(len(facts.units)) == 0  # one that cannot be ranked
+
+    model = tiny_bert()
+    config = ROSEConfig(strategy="second_order", upper_quantile=0.5)
+    selector = attach_rose(model, config, scores=Scores(second_order=ByGradient()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for step in range(2):
+        train_step(model, optimizer, step)
+    assert selector.statistics().steps == 2
 
 
 def test_a_momentum_that_lies_elsewhere_does_not_matter_to_first_order():

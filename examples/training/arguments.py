@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig
 
 from rose_peft import ROSEConfig
-from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
+from rose_peft.config import GAMMA, RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
 from rose_peft.robustness.command_line.parser import Parser
 from rose_peft.robustness.loading import folder_lack
 
@@ -146,7 +146,7 @@ class TrainArguments:
     )
     upper_quantile: float = field(default=0.7, metadata={"help": "ROSE freezes units with a score above it."})
     lower_quantile: float = field(default=0.0, metadata={"help": "ROSE freezes units with a score below it."})
-    gamma: float = field(default=0.5, metadata={"help": "Weight of the first-order mask in the ensemble."})
+    gamma: float = field(default=GAMMA, metadata={"help": "Weight of the first-order mask in the ensemble."})
     rose_warmup_steps: int = field(default=0, metadata={"help": "Steps before masks act."})
     risk_pass: str = field(
         default="paired",
