@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -89,11 +91,26 @@ def check_can_skip(host: nn.Module, processes: Processes, splits: bool) -> None:
     Raises:
         UnsupportedEngineError: Naming what it is.
     """
-    what = "a compiled model (model.compile()) is compiled anew for every mask"
+    what = "a compiled model is compiled anew for every mask"
     if processes.groups or splits:
         what = "the reducers of DDP, FSDP2 and ZeRO wait for the gradient of every parameter"
-    if processes.groups or splits or getattr(host, "_compiled_call_impl", None) is not None:
+    if processes.groups or splits or _is_compiled(host):
         raise UnsupportedEngineError(
             f"skip_frozen_gradients=True does not work here: {what}. Leave it out: units are chosen by the same "
             "scores, one step later."
         )
+
+
+def _is_compiled(host: nn.Module) -> bool:
+    """Whether a module is compiled, wholly or in part, or called by what `torch.compile` made of it or of a whole."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not loaded where nothing is compiled, and slow to load
+    if dynamo is None:
+        return False
+    for module in host.modules():
+        if isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            return True
+    # What is around a module is not to be seen from it, but for the frames of the call.
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not dynamo.OptimizedModule.__call__.__code__:
+        frame = frame.f_back
+    return frame is not None

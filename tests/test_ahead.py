@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -168,12 +169,40 @@ def test_strategies_that_need_every_gradient_are_refused(options: dict[str, str]
         skipping(**options)
 
 
-def test_compiled_models_are_refused() -> None:
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_in_part(model: nn.Module) -> nn.Module:
+    model.bert.encoder.layer[0].compile(backend="eager")
+    return model
+
+
+def compiled_from_outside(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [compiled_in_place, compiled_in_part, compiled_from_outside])
+def test_compiled_models_are_refused(compiled: Callable[[nn.Module], nn.Module]) -> None:
     model = tiny_bert()
     attach_rose(model, skipping())
-    model.compile(backend="eager")
+    model = compiled(model)
     with pytest.raises(UnsupportedEngineError, match=r"skip_frozen_gradients=True.*compiled"):
         model(**batch(model))
+
+
+def test_models_compiled_before_get_peft_model_are_refused() -> None:
+    model = get_peft_model(torch.compile(tiny_bert(), backend="eager"), skipping())
+    with pytest.raises(UnsupportedEngineError, match=r"skip_frozen_gradients=True.*compiled"):
+        model(**batch(model))
+
+
+def test_models_that_are_not_compiled_train_beside_compiled_ones() -> None:
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.ones(1, 2))
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    forward_backward(model, 0)
 
 
 def test_resumed_equals_uninterrupted_once_the_state_is_restored() -> None:
