@@ -49,8 +49,8 @@ class ROSEConfig(PeftConfig):
         dropout: None trains with the model's own dropout. A probability in (0, 1) is set, while ROSE is attached, on
             every dropout module and on every number that a module drops with (`attention_dropout` of Llama, `dropout`
             of BART); where no dropout comes up to the last target module, the inputs of the targets are dropped.
-        head: What the logits mean: "softmax" (one distribution over the last dimension), "multi_label" (a yes or no
-            per number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
+        head: What the logits mean: "softmax" (one distribution over the classes), "multi_label" (a yes or no per
+            number), "regression" (numbers) or "causal" (softmax, where position t predicts the label at t + 1).
             None goes by `model.config.problem_type`, the kind of model and the shape of the logits.
         target_modules: None trains the whole model; units are then the weights inside the repeated blocks. Names or a
             regular expression train those modules only, and their weights are units.

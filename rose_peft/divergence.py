@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .outputs import HeadKind, counted_positions, head_kind
+from .outputs import HeadKind, class_dimension, counted_positions, head_kind
 
 
 def divergence(first: Tensor, second: Tensor, kind: HeadKind) -> Tensor:
     """Symmetric divergence of two outputs, summed over everything but the classes (section 3.2 of the reference).
 
-    "softmax": [KL(P1||P2) + KL(P2||P1)] / 4 per distribution over the last dimension; "multi_label": the same for one
+    "softmax": [KL(P1||P2) + KL(P2||P1)] / 4 per distribution over the classes; "multi_label": the same for one
     Bernoulli distribution per label; "regression": mean squared difference. No gradient is stopped.
 
     Args:
-        first: Logits of pass 1, any float dtype, [..., C].
+        first: Logits of pass 1, any float dtype, [..., C] or [B, C, H, W].
         second: Logits of pass 2, same shape.
         kind: What the logits mean.
 
@@ -34,7 +34,8 @@ def divergence(first: Tensor, second: Tensor, kind: HeadKind) -> Tensor:
     if kind == "multi_label":
         # For one Bernoulli variable the two terms of the symmetric divergence collapse to (p1 - p2)(z1 - z2).
         return ((torch.sigmoid(first) - torch.sigmoid(second)) * (first - second)).sum() / 4
-    log_first, log_second = F.log_softmax(first, dim=-1), F.log_softmax(second, dim=-1)
+    dim = class_dimension(first)
+    log_first, log_second = F.log_softmax(first, dim), F.log_softmax(second, dim)
     return ((log_first.exp() - log_second.exp()) * (log_first - log_second)).sum() / 4
 
 

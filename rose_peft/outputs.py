@@ -137,11 +137,20 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
+def class_dimension(logits: Tensor) -> int:
+    """Where the classes lie: in the last dimension, or in the second one of logits per pixel, as torch has it.
+
+    Args:
+        logits: [..., C], or [B, C, H, W] and more.
+    """
+    return 1 if logits.dim() > 3 else -1
+
+
 def head_kind(logits: Tensor, problem_type: str | None, head: str | None = None) -> HeadKind:
     """Tell what logits mean: as the user says, by the `problem_type` of transformers, else by the number of outputs.
 
     Args:
-        logits: [..., C], or [B] of models that give one number per example.
+        logits: [..., C], [B, C, H, W] of models that label pixels, or [B] of models that give one number per example.
         problem_type: `model.config.problem_type`, which transformers sets itself once it has seen labels.
         head: `ROSEConfig.head`.
     """
@@ -149,9 +158,10 @@ def head_kind(logits: Tensor, problem_type: str | None, head: str | None = None)
         kinds: dict[str, HeadKind] = {"regression": "regression", "multi_label": "multi_label"}
         return kinds.get(head, "softmax")
     # One number per example, [B, 1] or squeezed to [B]: a softmax over the latter would compare examples.
-    if problem_type == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
+    one = logits.shape[class_dimension(logits)] == 1
+    if problem_type == "regression" or logits.dim() == 1 or (one and logits.dim() <= 3):
         return "regression"
-    if problem_type == "multi_label_classification":
+    if problem_type == "multi_label_classification" or one:  # one number per pixel: whether it is part of something
         return "multi_label"
     return "softmax"
 

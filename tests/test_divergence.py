@@ -59,6 +59,12 @@ def test_softmax_is_summed_over_the_batch():
     assert float(divergence(one, two, "softmax")) == pytest.approx(rows, rel=1e-12)
 
 
+def test_classes_of_pixels_lie_in_the_second_dimension():
+    one, two = logits(2, 4, 5, 3), logits(2, 4, 5, 3, seed=1)
+    rows = symmetric_kl(one.reshape(-1, 3), two.reshape(-1, 3))
+    torch.testing.assert_close(both(one.movedim(-1, 1), two.movedim(-1, 1)), rows)
+
+
 def test_multi_label_is_one_bernoulli_variable_per_label():
     one, two = logits(3, 4), logits(3, 4, seed=1)
     first, second = (torch.distributions.Bernoulli(logits=z) for z in (one, two))
@@ -86,6 +92,9 @@ def test_regression_is_the_mean_squared_difference():
         ((4, 1), None, "regression"),
         ((4, 3), "regression", "regression"),
         ((4, 3), "multi_label_classification", "multi_label"),
+        ((4, 3, 2, 1), None, "softmax"),  # pictures one pixel wide
+        ((4, 1, 2, 2), None, "multi_label"),
+        ((4, 1, 2, 2), "regression", "regression"),
     ],
 )
 def test_head_kind(shape, problem_type, kind):
