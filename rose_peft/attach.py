@@ -135,7 +135,7 @@ def get_selector(model: nn.Module) -> RoseSelector:
         model: The model, wrapped or not.
 
     Raises:
-        RoseError: If ROSE is not attached to it.
+        RoseError: If ROSE is not attached to it, or to several parts of it.
     """
     selector = find_selector(model)
     if selector is None:

@@ -18,6 +18,7 @@ from .dropout import TrainingDropout
 from .engines.plain import refuse_wrapped
 from .engines.seam import Engine, Group
 from .engines.zero import refuse_split
+from .errors import RoseError
 from .flights import Flight, Flights
 from .gather import gather
 from .homes import Homes
@@ -250,9 +251,19 @@ class RoseSelector:
 
 
 def find_selector(model: nn.Module) -> RoseSelector | None:
-    """The selector attached to a model or to a module inside it (PeftModel, DDP and compiled models included)."""
-    for module in model.modules():
-        selector = module.__dict__.get(SELECTOR)
-        if selector is not None:
-            return selector
-    return None
+    """The selector attached to a model or to a module inside it (PeftModel, DDP and compiled models included).
+
+    Args:
+        model: The model.
+
+    Raises:
+        RoseError: If there are several, as in two towers: what one of them says is not true of the other.
+    """
+    found = [(name, each.__dict__[SELECTOR]) for name, each in model.named_modules() if SELECTOR in each.__dict__]
+    if len(found) > 1:
+        names = ", ".join(repr(name) for name, _ in found)
+        raise RoseError(
+            f"ROSE is attached to {len(found)} parts of this {type(model).__name__} ({names}), each with masks of its "
+            "own: ask for one of them, as in get_selector(model.part)."
+        )
+    return found[0][1] if found else None

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from rose_peft import (
     RoseCallback,
     ROSEConfig,
+    RoseError,
     RoseInactiveError,
     UnsupportedOptimizerError,
     attach_rose,
@@ -203,6 +204,8 @@ def test_two_towers_of_one_loss_with_an_optimizer_each() -> None:
         sum(loss_of(tower(**batch(tower))) for tower in towers).backward()  # type: ignore[union-attr]
         optimizers[turn % 2].step()
     assert [get_selector(tower).statistics().steps for tower in towers] == [30, 30]
+    with pytest.raises(RoseError, match=r"2 parts of this ModuleList \('0.*', '1.*'\)"):
+        get_selector(nn.ModuleList(towers))
 
 
 # Adapters that are gone or not in use -------------------------------------------------------------------------------
