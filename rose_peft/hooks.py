@@ -138,6 +138,7 @@ class ForwardHooks:
         inner: The inner module; may be the same.
         before: Called with (module, keyword arguments) before a forward call.
         after: Called with (module, arguments, keyword arguments, output) after it; returns the output to go on with.
+        ending: Called when a forward call ends, with an error too.
         saving: Called before a state dict is made or loaded.
     """
 
@@ -147,17 +148,20 @@ class ForwardHooks:
         inner: nn.Module,
         before: Callable[[nn.Module, dict[str, Any]], None],
         after: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any],
+        ending: Callable[[], None],
         saving: Callable[[], None],
     ) -> None:
         self._host = host
         self._before = before
         self._after = after
+        self._ending = ending
         self._saving = saving
         self._inner_acted = False
         self._handles = []
         for module in [host] if host is inner else [host, inner]:
             self._handles.append(module.register_forward_pre_hook(self._pre_hook, with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._ended, always_call=True))
         self._handles.append(inner.register_state_dict_pre_hook(self._saved_or_loaded))
         self._handles.append(inner.register_load_state_dict_pre_hook(self._saved_or_loaded))
 
@@ -173,6 +177,10 @@ class ForwardHooks:
             return None
         self._inner_acted = module is not self._host
         return self._after(module, args, kwargs, output)
+
+    @torch.compiler.disable
+    def _ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._ending()
 
     def _saved_or_loaded(self, module: nn.Module, *args: Any) -> None:
         self._saving()

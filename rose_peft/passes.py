@@ -128,10 +128,13 @@ class Passes:
             steered.window.calls += 1
             if steered.plan is not None:
                 self._hold_back_in_backward(steered, output)
-        for steered in training:
-            if steered.plan is not None:
-                steered.plan.release()  # the graph is built
         return None if output is given else output
+
+    def ended(self) -> None:
+        """Let go of what was held back for a call: its graph is built, or will not be."""
+        for steered in [] if self.ours else self._training():
+            if steered.plan is not None:
+                steered.plan.release()
 
     def stepped_without(self, optimizer: Optimizer) -> None:
         """Look at a step of an optimizer that holds no unit: its engine may hide them, or it misses them.

@@ -77,7 +77,9 @@ class RoseSelector:
         if config.dropout is not None:
             self._dropout = TrainingDropout(model, config.dropout, self.live.dropout_targets())
         self.passes = Passes(host, self.live, self.processes, self.adapters.training, self._scores)
-        self._hooks = ForwardHooks(host, model, self._before_forward, self.passes.after, self._flights.settle)
+        self._hooks = ForwardHooks(
+            host, model, self._before_forward, self.passes.after, self.passes.ended, self._flights.settle
+        )
         host.__dict__[SELECTOR] = self
         watch_steps(self)
 

@@ -169,6 +169,26 @@ def test_strategies_that_need_every_gradient_are_refused(options: dict[str, str]
         skipping(**options)
 
 
+def test_a_forward_call_that_raises_leaves_everything_training() -> None:
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    optimizer = adamw(model)
+    forward_backward(model, 0)
+    optimizer.step()
+
+    def out_of_memory(*args: object) -> None:
+        held_back.append(any(not param.requires_grad for param in model.parameters()))
+        raise torch.OutOfMemoryError
+
+    held_back: list[bool] = []
+    handle = model.classifier.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        forward_backward(model, 1)
+    handle.remove()
+    assert held_back == [True]
+    assert all(param.requires_grad for param in model.parameters())
+
+
 def compiled_in_place(model: nn.Module) -> nn.Module:
     model.compile(backend="eager")
     return model
