@@ -22,6 +22,7 @@ from rose_peft.robustness import (
     examples_from_columns,
     load_classifier,
 )
+from rose_peft.robustness.loading import model_name, model_seed
 
 
 def main(argv: list[str] | None = None) -> Result:
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> Result:
     rows += consistency(model, tokenizer, clean.texts, changes=["dropout", "typos"]).rows()
     for row in rows:
         print(f"{row.title:40s} {row.estimate}")
-    result = Result(method=Path(args.model).name, task="demo", seed=0, rows=rows)
+    result = Result(method=model_name(args.model), task="demo", seed=model_seed(args.model) or 0, rows=rows)
     result.save(Path(args.output_dir) / "evaluate.result.json")
     return result
 

@@ -44,6 +44,7 @@ from rose_peft.robustness import (
     write_report,
 )
 from rose_peft.robustness.command_line.parser import Parser
+from rose_peft.robustness.report.page import find_results
 from rose_peft.robustness.results import SUFFIX, write_json
 
 from .grid import Candidate, Grid, read_grid
@@ -124,15 +125,14 @@ class Comparison:
         file = self._place(task, method) / f"seed{seed}{SUFFIX}"
         winner = self._search(task, method)
         (candidate,) = [c for c in self.grid.candidates(task, method, seed) if c.searched == winner]
-        evaluation = dataclasses.asdict(self.grid.evaluation)
-        config = {"options": candidate.options, "searched": winner, "evaluation": evaluation}
+        config = self._config(candidate)
         if file.exists():
             _same(file, load_result(file).config, config)
             return
         print(f"{task}, {method}, seed {seed}: {candidate.name}", flush=True)
         trained = self._trained(candidate)
         folder = self._folder(candidate)
-        max_length = trained["config"]["max_length"]
+        max_length = self.grid.evaluation.max_length or trained["config"]["max_length"]
         rows, unavailable = measure(
             folder / "model",
             candidate.options.get("task", task),
@@ -166,6 +166,47 @@ class Comparison:
             result.images["masks of each unit over the steps"] = "masks.png"
         result.save(file)
 
+    def results(self) -> list[Path]:
+        """The files of the output folder that are results of this grid; others are named, and left where they are."""
+        found = []
+        for file in find_results([self.args.output_dir]):
+            try:
+                if self._check(file):
+                    found.append(file)
+                else:
+                    print(f"not in the report: {file} is of no method and task of this grid", file=sys.stderr)
+            except (InputError, ResultFileError) as error:
+                if not any(str(error) in failure for failure in self.failures):
+                    self.failures.append(f"{file.relative_to(self.args.output_dir)}: {error}")
+        return found
+
+    def _check(self, file: Path) -> bool:
+        """Whether a file is of a cell of this grid; refuses it where its settings are others."""
+        found = load_result(file)
+        if found.task not in self.grid.tasks or found.method not in self.grid.methods:
+            return False
+        if file.name == f"cost{SUFFIX}":
+            _same(file, found.config, self._cost_config(found.task, found.method))
+            return True
+        candidates = self.grid.candidates(found.task, found.method, found.seed)
+        (winner, *others) = candidates
+        if others:
+            tried = _read_list(file.parent / "search.json")
+            if not {str(each.searched) for each in candidates} <= {str(entry["searched"]) for entry in tried}:
+                raise InputError("the search of its method has not ended, so other settings may win.")
+            winner = _best(tried, candidates)
+        _same(file, found.config, self._config(winner))
+        return True
+
+    def _config(self, candidate: Candidate) -> dict[str, Any]:
+        """Settings of a cell, by which its result is known again."""
+        evaluation = dataclasses.asdict(self.grid.evaluation)
+        return {"options": candidate.options, "searched": candidate.searched, "evaluation": evaluation}
+
+    def _cost_config(self, task: str, method: str) -> dict[str, Any]:
+        ours, baseline = (self.grid.candidates(task, m, self.grid.seeds[0])[0] for m in (method, self.grid.baseline))
+        return {"options": ours.options, "baseline": baseline.options, "rounds": {"rounds": self.grid.cost_rounds}}
+
     def _search(self, task: str, method: str) -> dict[str, Any]:
         """Settings of highest clean accuracy with the first seed; each try is written down as soon as it is known."""
         candidates = self.grid.candidates(task, method, self.grid.seeds[0])
@@ -184,8 +225,7 @@ class Comparison:
             tried.append({**entry, "products": _products()})
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, tried)
-        settings = [candidate.searched for candidate in candidates]
-        return max((e for e in tried if e["searched"] in settings), key=lambda entry: entry["clean"])["searched"]
+        return _best(tried, candidates).searched
 
     def _trained(self, candidate: Candidate) -> dict[str, Any]:
         args = candidate.arguments(self._folder(candidate), self.args.data_dir)
@@ -196,7 +236,7 @@ class Comparison:
         """Time steps of a method and of the baseline in turn on the same batch."""
         file = self._place(task, method) / f"cost{SUFFIX}"
         ours, baseline = (self.grid.candidates(task, m, self.grid.seeds[0])[0] for m in (method, self.grid.baseline))
-        config = {"options": ours.options, "baseline": baseline.options, "rounds": {"rounds": self.grid.cost_rounds}}
+        config = self._cost_config(task, method)
         if file.exists():
             _same(file, load_result(file).config, config)
             return
@@ -253,6 +293,12 @@ def _products() -> str:
     return "bfloat16" if torch.get_float32_matmul_precision() == "medium" and has.get("avx512_bf16") else "float32"
 
 
+def _best(tried: list[dict[str, Any]], candidates: list[Candidate]) -> Candidate:
+    """The candidate of highest clean accuracy; of equal ones the first in the grid, whichever was tried first."""
+    clean = {str(entry["searched"]): entry["clean"] for entry in tried}
+    return max(candidates, key=lambda candidate: clean[str(candidate.searched)])
+
+
 def _chosen(option: str, asked: list[Any], there: list[Any]) -> list[Any]:
     for value in asked:
         if value not in there:
@@ -292,8 +338,11 @@ def main(argv: list[str] | None = None) -> int:
         grid = read_grid(Path(args.grid))
         comparison = Comparison(grid, args)
         comparison.run()
+        files = comparison.results()
+        for line in comparison.failures:
+            print(f"not in the report: {line}", file=sys.stderr)
         report = write_report(
-            [args.output_dir],
+            files,
             args.output_dir,
             baseline=grid.baseline,
             order=list(grid.methods),
@@ -303,8 +352,6 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, ResultFileError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for line in comparison.failures:
-        print(f"not in the report: {line}", file=sys.stderr)
     for line in report.problems:
         print(f"report: {line}", file=sys.stderr)
     print(f"\n{report.runs} runs: {report.page}")

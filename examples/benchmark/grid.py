@@ -51,6 +51,7 @@ class Evaluation:
 
     Args:
         batch_size: Texts per forward pass.
+        max_length: Longest input in tokens; None for the training's. Texts may be longer than those of the training.
         bf16: Run under bfloat16 autocast.
         noise_rates: Shares of words to hit; empty leaves noise out.
         noise_kinds: Kinds of noise; empty takes all.
@@ -66,6 +67,7 @@ class Evaluation:
     """
 
     batch_size: int = 64
+    max_length: int | None = None
     bf16: bool = False
     noise_rates: list[float] = field(default_factory=lambda: [0.1, 0.3])
     noise_kinds: list[str] = field(default_factory=list)
@@ -83,6 +85,7 @@ class Evaluation:
 EVALUATION_TYPES = {setting.name: str(setting.type) for setting in dataclasses.fields(Evaluation)}
 EVALUATION_BOUNDS = {
     "batch_size": (lambda value: value >= 1, "at least 1"),
+    "max_length": (lambda value: value >= 8, "at least 8; leave it out for the training's"),
     "noise_rates": (lambda value: 0 < value <= 1, "numbers above 0 and at most 1"),
     "attack_examples": (lambda value: value >= 1, "at least 1; leave recipes empty for no attack"),
     "query_budget": (lambda value: value >= 2, "at least 2"),

@@ -52,7 +52,7 @@ def measure(
         model_dir: Folder of the model or adapter.
         task: GLUE task that has the columns and labels; without a counterpart in AdvGLUE that figure is left out.
         data_dir: Folder of local data; None for the hub.
-        max_length: Longest input in tokens, as in training.
+        max_length: Longest input in tokens.
         settings: What to measure.
         attack_dir: Folder of the attacks' records, from which a killed measurement continues.
         robust_files: Robust sets as NAME=PATH.
@@ -99,7 +99,9 @@ def measure(
             unavailable["noise"] = str(error)
     if settings.consistency_changes:
         try:
-            steady = consistency(model, tokenizer, examples.texts, changes=settings.consistency_changes, **options)
+            steady = consistency(
+                model, tokenizer, examples.texts, changes=settings.consistency_changes, seed=settings.seed, **options
+            )
             rows += steady.rows()
             unavailable |= {f"consistency under {change}": lack for change, lack in steady.unavailable.items()}
         except MissingResourceError as error:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dropout import dropout_modules
 from .errors import MissingResourceError, RobustnessError
 from .estimate import Estimate, mean, share
 from .noise import KINDS, missing_for, noisy_texts
@@ -101,7 +102,7 @@ def consistency(
 def _missing(model: nn.Module, change: str) -> str | None:
     if change != DROPOUT:
         return missing_for(change)
-    active = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    active = any(getattr(module, attribute) > 0 for module, attribute in dropout_modules(model))
     return None if active else "the model has no dropout."
 
 

@@ -82,9 +82,23 @@ def model_folder(name_or_path: str | os.PathLike[str]) -> str:
 
 
 def model_name(name_or_path: str | os.PathLike[str]) -> str:
-    """Return what to call a model: its run, its folder, or the last part of its hub name."""
-    path = Path(name_or_path)
-    return path.parent.name if path.name == "model" and path.parent.name else path.resolve().name
+    """Return what to call a model: its run, its folder, or the last part of its hub name.
+
+    Runs of several seeds lie in folders seed0, seed1, ... of their method, whose name is theirs.
+    """
+    run = _run_folder(name_or_path)
+    return run.parent.name if model_seed(name_or_path) is not None and run.parent.name else run.name
+
+
+def model_seed(name_or_path: str | os.PathLike[str]) -> int | None:
+    """Return N where the folder of a model, or of its run, is called seedN."""
+    found = re.fullmatch(r"seed(\d+)", _run_folder(name_or_path).name)
+    return int(found[1]) if found else None
+
+
+def _run_folder(name_or_path: str | os.PathLike[str]) -> Path:
+    path = Path(name_or_path).resolve()
+    return path.parent if path.name == "model" and path.parent.name else path
 
 
 def folder_lack(name_or_path: str | os.PathLike[str]) -> str | None:

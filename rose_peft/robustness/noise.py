@@ -131,16 +131,24 @@ def _stopwords() -> frozenset[str]:
 
 @lru_cache(maxsize=65536)
 def _synonyms(word: str) -> tuple[str, ...]:
-    """Return single-word synonyms of the word's first sense that has any, in a fixed order."""
+    """Return single-word synonyms of the word's most frequent sense that has any, in a fixed order."""
     from nltk.corpus import wordnet
 
-    for sense in wordnet.synsets(word):
+    for sense in sorted(wordnet.synsets(word), key=lambda sense: -_frequency(word, sense)):
         names = {name for name in sense.lemma_names() if name.isalpha() and name.lower() != word}
         # Inflected forms of the same word are no synonyms ("goes" for "went").
         names = {name for name in names if wordnet.morphy(word, sense.pos()) != name.lower()}
         if names:
             return tuple(sorted(names))
     return ()
+
+
+def _frequency(word: str, sense: Any) -> int:
+    """How often a word was met in a sense, by WordNet's own count: its order has all nouns before all verbs."""
+    from nltk.corpus import wordnet
+
+    form = wordnet.morphy(word, sense.pos()) or word
+    return sum(lemma.count() for lemma in sense.lemmas() if lemma.name().lower() == form)
 
 
 def missing_for(kind: str) -> str | None:

@@ -251,7 +251,18 @@ def test_a_run_folder_is_a_model_and_names_it(model: Path, sst2: Path, tmp_path:
         out = tmp_path / str(number)
         command = ["noise", "--model", str(place), "--task", "sst2", "--data_dir", str(sst2), "--output_dir", str(out)]
         assert main([*command, "--kinds", "typos", "--rates", "0.5"]) == 0
-        assert load_result(out / "noise.result.json").method == "my run"
+        found = load_result(out / "noise.result.json")
+        assert (found.method, found.seed) == ("my run", 0)
+    seeded = run / "seed3"
+    (run / "model").rename(tmp_path / "again")
+    seeded.mkdir()
+    (tmp_path / "again").rename(seeded / "model")
+    for number, more in enumerate(([], ["--training_seed", "5"])):
+        out = tmp_path / f"seeded{number}"
+        command = ["consistency", "--model", str(seeded), "--task", "sst2", "--data_dir", str(sst2)]
+        assert main([*command, "--output_dir", str(out), "--changes", "typos", *more]) == 0
+        found = load_result(out / "consistency.result.json")
+        assert (found.method, found.seed) == ("my run", 5 if more else 3)
 
 
 @pytest.mark.parametrize(

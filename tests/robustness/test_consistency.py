@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForSequenceClassification
 
 from rose_peft.robustness.consistency import consistency
 from rose_peft.robustness.errors import MissingResourceError, RobustnessError
@@ -35,6 +37,15 @@ def test_dropout_changes_nothing_else(tokenizer: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state) and not any(module.training for module in model.modules())
     assert consistency(model, tokenizer, TEXTS, changes=["dropout"], seed=1) == one
     assert consistency(model, tokenizer, TEXTS, changes=["dropout"], seed=2) != one
+
+
+def test_dropout_that_no_module_does_is_dropout(tokenizer: Any) -> None:
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
+    config = OPTConfig(len(tokenizer), num_attention_heads=2, dropout=0.3, pad_token_id=0, init_std=0.3, **sizes)
+    found = consistency(OPTForSequenceClassification(config), tokenizer, TEXTS, changes=["dropout"])
+    assert found.divergence["dropout"].value > 0
 
 
 def test_what_cannot_be_done_is_said(tokenizer: Any, keyword_model: KeywordModel) -> None:

@@ -98,6 +98,17 @@ def test_share_of_words_hit_is_the_rate() -> None:
     assert sum(word != "wonderful" for word in noisy) / 5000 == pytest.approx(0.2, abs=0.02)
 
 
+def test_synonyms_are_of_the_sense_that_is_met_most_not_of_the_first_noun() -> None:
+    pytest.importorskip("nltk")
+    import nltk
+
+    from tests.helpers.victims import nltk_folder
+
+    nltk.data.path.insert(0, nltk_folder())
+    assert {add_noise("like", "synonyms", 1, seed) for seed in range(20)} == {"care", "wish"}  # not "ilk"
+    assert {add_noise("make", "synonyms", 1, seed) for seed in range(5)} == {"do"}  # not "brand"
+
+
 @settings(deadline=None)
 @given(st.integers(0, 50))
 def test_synonyms_come_from_wordnet_and_keep_the_case(seed: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data import Examples, get_task, load_file, load_glue, read_table
 from ..errors import DataError, RobustnessError
-from ..loading import load_classifier, model_name
+from ..loading import load_classifier, model_name, model_seed
 from ..predict import Text
 from ..robust_sets import load_robust_files
 
@@ -153,9 +153,24 @@ class LabelArguments:
     """What to write into result files."""
 
     method: str | None = field(
-        default=None, metadata={"help": "Name of the model's training method. Default: the model's folder, or run."}
+        default=None,
+        metadata={
+            "help": "Name of the model's training method. Default: the folder of the model or run; above seedN."
+        },
     )
-    training_seed: int = field(default=0, metadata={"help": "Seed that the model was trained with."})
+    training_seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed that the model was trained with. Default: N of a folder seedN, else 0."},
+    )
+
+    def of(self, model: str) -> tuple[str, int]:
+        """Method and seed of a model.
+
+        Args:
+            model: Its folder or hub name.
+        """
+        seed = self.training_seed if self.training_seed is not None else model_seed(model)
+        return self.method or model_name(model), seed or 0
 
 
 def parse(types: tuple[Any, ...], command: str, description: str | None, argv: list[str]) -> tuple[Any, ...]:

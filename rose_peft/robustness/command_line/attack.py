@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from ..attacks.recipes import RECIPES
 from ..attacks.run import AttackReport, describe, run_attacks
 from ..errors import RobustnessError
-from ..loading import model_name
 from .arguments import DataArguments, LabelArguments, RunArguments, fail, parse
 
 
@@ -110,6 +109,7 @@ def main(argv: list[str]) -> int:
         run.check(args.output_dir, args.seed)
         examples = data.load()
         model, tokenizer = run.load(args.model, data.classes(examples))
+        method, training_seed = label.of(args.model)
         report = run_attacks(
             model,
             tokenizer,
@@ -121,9 +121,9 @@ def main(argv: list[str]) -> int:
             query_budget=args.query_budget,
             allow_downloads=args.allow_downloads,
             overwrite=args.overwrite,
-            method=label.method or model_name(args.model),
+            method=method,
             task=data.task,
-            training_seed=label.training_seed,
+            training_seed=training_seed,
             report=lambda line: print(line, file=sys.stderr),
             **run.options(),
         )

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ..consistency import DEFAULT_CHANGES, consistency
 from ..errors import RobustnessError
-from ..loading import model_name
 from ..noise import KINDS
 from ..results import SUFFIX, Result
 from .arguments import DataArguments, LabelArguments, RunArguments, fail, parse
@@ -46,10 +45,11 @@ def main(argv: list[str]) -> int:
         found = consistency(
             model, tokenizer, texts, changes=args.changes, rate=args.rate, seed=args.seed, **run.options()
         )
+        method, training_seed = label.of(args.model)
         Result(
-            method=label.method or model_name(args.model),
+            method=method,
             task=data.task or str(data.data_file),
-            seed=label.training_seed,
+            seed=training_seed,
             rows=found.rows(),
             config={"seed": args.seed, "texts": len(texts), "unavailable": found.unavailable, **run.options()},
         ).save(folder / f"consistency{SUFFIX}")

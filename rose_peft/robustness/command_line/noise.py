@@ -18,7 +18,6 @@ from pathlib import Path
 from ..adv_glue import ADV_GLUE, evaluate_adv_glue
 from ..data import get_task
 from ..errors import DataError, RobustnessError
-from ..loading import model_name
 from ..noise import DEFAULT_RATES, KINDS, evaluate_noise
 from ..plotting import plot_noise
 from ..results import SUFFIX, Result
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
     """Run, and return the exit code."""
     types = (NoiseArguments, DataArguments, RunArguments, LabelArguments)
     args, data, run, label = parse(types, "noise", __doc__, argv)
-    method = label.method or model_name(args.model)
+    method, training_seed = label.of(args.model)
     folder = Path(args.output_dir)
     try:
         run.check(folder, args.seed)
@@ -85,7 +84,7 @@ def main(argv: list[str]) -> int:
         Result(
             method=method,
             task=data.task or examples.name,
-            seed=label.training_seed,
+            seed=training_seed,
             rows=rows,
             config={
                 "data": examples.fingerprint(),

@@ -59,8 +59,8 @@ def difference_at_equal_clean(
         seed: Seed of the resampling.
 
     Returns:
-        The difference, the number of seeds and the bounds, as fractions; None where fewer than three epochs of
-        either are comparable.
+        The difference, the number of seeds of which both have a comparable epoch, and the bounds where these are two
+        at least, as fractions; None where there is no such seed, or fewer than three epochs of either are comparable.
     """
     seeds = sorted(set(ours) & set(theirs))
     both = [[pair for one in seeds for pair in course[one]] for course in (ours, theirs)]
@@ -78,16 +78,17 @@ def difference_at_equal_clean(
     if (sums[:, :, 0].sum(axis=0) < _FEWEST).any():
         return None
     value = _height(sums.sum(axis=0))
-    if not np.isfinite(value):
+    shared = int((sums[:, :, 0] > 0).all(axis=1).sum())
+    if not np.isfinite(value) or not shared:
         return None
+    if shared == 1:
+        return Estimate(float(value), 1)
     draws = np.random.default_rng(seed).integers(0, len(seeds), (resamples, len(seeds)))
     heights = _height(sums[draws].sum(axis=1))
-    if len(seeds) == 1:
-        return Estimate(float(value), 1)
     # A draw may leave one method without epochs; it says nothing.
     tail = (1 - confidence) / 2
     bounds = np.quantile(heights[np.isfinite(heights)], [tail, 1 - tail])
-    return Estimate(float(value), len(seeds), float(bounds[0]), float(bounds[1]))
+    return Estimate(float(value), shared, float(bounds[0]), float(bounds[1]))
 
 
 def _height(sums: np.ndarray) -> np.ndarray:

@@ -78,8 +78,11 @@ def gather(runs: Sequence[Run], problems: list[str]) -> DataFrame:
     clean = frame["measure"] == "clean_accuracy"
     first = frame.assign(order=-frame["n"].where(clean, 0).fillna(0)).sort_values("order", kind="stable")
     kept = first.drop_duplicates(_KEY).sort_index().drop(columns="order")
-    both = frame[~clean].merge(kept, on=_KEY, suffixes=("", "_kept"))
-    differs = both[(both["value"] != both["value_kept"]) & both[["value", "value_kept"]].notna().any(axis=1)]
+    both = frame.merge(kept, on=_KEY, suffixes=("", "_kept"))
+    # Clean accuracies over fewer examples than the one kept are of samples, and need not agree.
+    sample = (both["measure"] == "clean_accuracy") & (both["n"] != both["n_kept"])
+    other = (both["value"] != both["value_kept"]) & both[["value", "value_kept"]].notna().any(axis=1)
+    differs = both[other & ~sample]
     for row in differs.itertuples():
         column = Column(str(row.measure), str(row.part), float(str(row.rate)))
         problems.append(

@@ -122,12 +122,12 @@ def difference_table(frame: DataFrame, methods: Sequence[str], baseline: str) ->
     ]
 
 
-def _difference(estimate: Estimate, column: Column) -> str:
+def _difference(estimate: Estimate, column: Column, emphasise: bool = True) -> str:
     assert estimate.value is not None
     text = column.number(estimate.value, "+")
     if estimate.low is not None and estimate.high is not None:
         text += f" [{column.number(estimate.low, '+')}, {column.number(estimate.high, '+')}]"
-    bold = (estimate.n or 0) >= _FEW and estimate.excludes_zero()
+    bold = emphasise and (estimate.n or 0) >= _FEW and estimate.excludes_zero()
     return (f"**{text}**" if bold else text) + f" ({estimate.n})"
 
 
@@ -172,12 +172,14 @@ def equal_clean_table(courses: Mapping[str, Mapping[str, Course]], baseline: str
         for name in sets:
             by_method = courses[name]
             estimate = difference_at_equal_clean(by_method.get(method, {}), by_method[baseline])
-            cells.append("not comparable" if estimate is None else _difference(estimate, _ROBUST))
+            cells.append("not comparable" if estimate is None else _difference(estimate, _ROBUST, emphasise=False))
         rows.append(_row([method, *cells]))
     return [
         f"Difference to {baseline} in robust accuracy at equal clean accuracy, from both accuracies after each epoch: "
-        "one line per method with a common slope, where their clean accuracies overlap; with its 95 % bootstrap "
-        "interval over seeds, which is too narrow over few.",
+        "one line per method with a common slope. Only epochs within the clean accuracies that both have count, so "
+        "often not the best ones, which the tables above show. With its 95 % bootstrap interval over seeds, which "
+        "is too narrow over few (of three seeds without any difference one in five excludes zero), and the number of "
+        "seeds.",
         "",
         *_head([f"{name} accuracy (points)" for name in sets]),
         *rows,

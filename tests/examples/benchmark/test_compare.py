@@ -24,7 +24,7 @@ from rose_peft.robustness.results import find
 ROOT = Path(__file__).parents[3]
 pytest.importorskip("datasets")
 from examples.benchmark import compare, measure  # noqa: E402
-from examples.benchmark.grid import Evaluation, read_grid  # noqa: E402
+from examples.benchmark.grid import Evaluation, Grid, read_grid  # noqa: E402
 from examples.training import run  # noqa: E402
 from examples.training.arguments import InputError  # noqa: E402
 
@@ -133,6 +133,15 @@ def test_what_is_done_is_not_done_again(
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
 
 
+def read_grid_of(grid: dict[str, Any], folder: Path) -> Grid:
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    return read_grid(folder / "grid.yaml")
+
+
+def arguments_of(folder: Path) -> compare.CompareArguments:
+    return compare.CompareArguments(grid="", output_dir=str(folder / "out"), runs_dir=str(folder / "runs"))
+
+
 class Fake:
     """Stands in for training and measuring: clean accuracies by learning rate, and a record of what was trained."""
 
@@ -237,13 +246,62 @@ def test_results_of_other_settings_are_not_mixed_in(
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
     kept = figures(tmp_path / "g")
     grid["common"]["learning_rate"] = 2e-3
-    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 2
     assert "learning_rate=0.001 in" in capsys.readouterr().err
     grid["common"]["learning_rate"] = 1e-3
     grid["evaluation"]["noise_rates"] = [0.5]
-    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 2
     assert "noise_rates=[0.3] in" in capsys.readouterr().err
     assert figures(tmp_path / "g") == kept
+
+
+def test_refused_results_are_not_reported(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.5, 1e-2: 0.7})
+    grid = content(inputs, search={"learning_rate": [1e-3, 3e-3]}, cost_rounds=0)
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
+    page = tmp_path / "g" / "out" / "report.md"
+    assert "4 runs: 2 methods, 1 task, seeds 0, 1." in page.read_text()
+    grid["search"] = {"learning_rate": [1e-3, 3e-3, 1e-2]}  # one more, and it wins
+    grid["seeds"] = [0, 1, 2, 3]
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert "4 runs: 2 methods, 1 task, seeds 2, 3." in page.read_text()
+    assert "not in the report: sst2, plain, seed 0: " in capsys.readouterr().err
+    del grid["methods"]["ROSE"]
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert "2 runs: 1 method, 1 task, seeds 2, 3." in page.read_text()
+    assert "ROSE/seed2.result.json is of no method" in capsys.readouterr().err
+
+
+def test_of_equal_settings_the_first_in_the_grid_is_kept_whichever_was_tried_first(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.6})
+    for rates in ([3e-3], [3e-3, 1e-3]):
+        grid = content(inputs, search={"learning_rate": rates}, cost_rounds=0)
+        compare.Comparison(read_grid_of(grid, tmp_path), arguments_of(tmp_path))._search("sst2", "plain")
+    grid = content(inputs, search={"learning_rate": [1e-3, 3e-3]}, cost_rounds=0)
+    found = compare.Comparison(read_grid_of(grid, tmp_path), arguments_of(tmp_path))._search("sst2", "plain")
+    assert found == {"learning_rate": 1e-3}
+
+
+def test_texts_may_be_longer_in_the_evaluation_than_in_the_training(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(monkeypatch, {5e-5: 0.6})
+    lengths = []
+
+    def measure(model_dir: Path, task: str, data_dir: str, max_length: int, *arguments: Any) -> Any:
+        lengths.append(max_length)
+        return fake.measure(model_dir)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    for place, changes in (("own", {"max_length": 384}), ("training", {})):
+        grid = content(inputs, search={}, cost_rounds=0, seeds=[0], methods={"plain": {"strategy": "none"}})
+        grid["evaluation"] |= changes
+        assert compare.main(options(inputs, tmp_path / place, grid)) == 0
+    assert lengths == [384, 32]
 
 
 def test_a_truncated_result_is_named_and_kept(
@@ -542,5 +600,5 @@ def test_results_older_than_a_setting_that_asks_for_nothing_are_still_good(
         file.write_text(json.dumps(old))
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
     grid["evaluation"]["consistency_changes"] = ["dropout"]
-    assert compare.main(options(inputs, tmp_path / "g", grid)) == 1
+    assert compare.main(options(inputs, tmp_path / "g", grid)) == 2
     assert "consistency_changes=None in" in capsys.readouterr().err

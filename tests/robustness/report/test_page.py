@@ -273,6 +273,15 @@ def test_conflicts_and_a_missing_baseline_are_said(tmp_path: Path) -> None:
     assert any("baseline='plain': no result is of this method" in line for line in report.problems)
 
 
+def test_clean_accuracies_of_one_run_that_differ_are_said_but_those_of_samples_need_not_agree(tmp_path: Path) -> None:
+    for name, value, n in (("a", 0.9, 100), ("b", 0.7, 100), ("sample", 0.5, 10)):
+        one = Result("rose", "sst2", 0, [Row("clean_accuracy", Estimate(value, n))])
+        one.save(tmp_path / f"{name}.result.json")
+    problems = write_report([tmp_path], tmp_path / "out").problems
+    told = [line for line in problems if "clean accuracy of rose, sst2, seed 0 is 0.7 here and 0.9" in line]
+    assert len(told) == 1 and not any("is 0.5 here" in line for line in problems)
+
+
 Noise = dict[tuple[str, float], float]
 
 
