@@ -95,6 +95,25 @@ def unequal_budgets(runs: Sequence[Run], task: str) -> list[str]:
     ]
 
 
+# How a model was evaluated, by the names that the commands and the benchmark write down.
+_SETTINGS = ("max_length", "bf16", "products")
+
+
+def unequal_settings(runs: Sequence[Run], task: str) -> list[str]:
+    """Name the settings under which some runs of a task were evaluated otherwise than others."""
+    found: dict[str, dict[tuple[str, int], str]] = {name: {} for name in _SETTINGS}
+    for result in (run.result for run in runs):
+        settings = {**result.config, **result.config.get("evaluation", {})}
+        for name in _SETTINGS:
+            if name in settings:
+                found[name].setdefault((result.method, result.seed), str(settings[name]))
+    return [
+        f"{task}: runs were not evaluated alike: with {name}={_by_value(by_run)}."
+        for name, by_run in found.items()
+        if len(set(by_run.values())) > 1
+    ]
+
+
 def broken_attacks(frame: DataFrame, task: str) -> list[str]:
     """Name the attacks that broke on examples, which then count in no accuracy under attack."""
     recipes = frame.loc[frame["measure"] == "attack_errors", "part"].unique()

@@ -16,7 +16,7 @@ from urllib.parse import quote
 from ..errors import ResultFileError
 from ..plotting import styles_of
 from ..results import SUFFIX, load_result
-from .comparable import broken_attacks, unequal_budgets, unequal_samples, with_noise_mean
+from .comparable import broken_attacks, unequal_budgets, unequal_samples, unequal_settings, with_noise_mean
 from .equal_clean import gather_courses
 from .frame import Run, columns, gather, seeds_of
 from .pictures import MOST, draw
@@ -129,9 +129,9 @@ def write_report(
         of_task, incomplete = of_tasks[task]
         compared.append(differences(of_task, methods, baseline).assign(task=task))
         problems += incomplete + unequal_samples(of_task, task)
-        problems += unequal_budgets(of_files, task) + broken_attacks(of_task, task)
+        problems += unequal_settings(of_files, task) + unequal_budgets(of_files, task) + broken_attacks(of_task, task)
         main, details = columns(of_task, "main"), columns(of_task, "details")
-        lines += [f"## {task}", "", *summary_table(of_task, methods, main), ""]
+        lines += [f"## {task}", "", *summary_table(of_task, methods, main), "", *_unequal_seeds(of_task)]
         lines += difference_table(of_task, methods, baseline)
         lines += source_table(of_task, methods)
         courses = gather_courses([run.result for run in of_files], methods)
@@ -181,6 +181,17 @@ def _not_drawn(methods: Sequence[str], in_pictures: Sequence[str]) -> list[str]:
     return [
         f"The pictures show the first {len(in_pictures)} of {len(methods)} methods. Left out of them: "
         f"{', '.join(missing)}.",
+        "",
+    ]
+
+
+def _unequal_seeds(frame: DataFrame) -> list[str]:
+    """Say where the means of a task are over different seeds."""
+    seeds = frame[frame["measure"] != "step_time"].groupby("method")["seed"].agg(frozenset)
+    if seeds.nunique() < 2:
+        return []
+    return [
+        "Methods have different seeds here, so subtract no row from another: differences paired by seed follow.",
         "",
     ]
 

@@ -357,6 +357,20 @@ def test_figures_over_other_data_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_other_settings_and_seeds_are_named(tmp_path: Path) -> None:
+    for method, seed, settings in (("plain", 0, {"max_length": 64}), ("rose", 0, {"evaluation": {"max_length": 384}})):
+        one = result(method, seed)
+        one.config = {**settings, "products": "float32"}
+        one.save(tmp_path / f"{method}-{seed}.result.json")
+    report = write_report([tmp_path], tmp_path / "out")
+    assert report.problems == [
+        "sst2: runs were not evaluated alike: with max_length=384 for rose (seed 0), and 64 for the others."
+    ]
+    assert "different seeds" not in report.page.read_text()
+    result("rose", 1).save(tmp_path / "more.result.json")
+    assert "Methods have different seeds here" in write_report([tmp_path], tmp_path / "out").page.read_text()
+
+
 def test_attacks_that_broke_are_named(tmp_path: Path) -> None:
     save_attack(tmp_path, "plain", 0, 200, None)
     save_attack(tmp_path, "rose", 1, 200, None, errors=3)
