@@ -5,14 +5,13 @@ Read it beside the accuracy: a model that answers the same to everything is perf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..dropout import dropout_modules
 from .errors import MissingResourceError, RobustnessError
 from .estimate import Estimate, mean, share
 from .noise import KINDS, missing_for, noisy_texts
@@ -79,10 +78,9 @@ def consistency(
             raise RobustnessError(f"change={change!r} is unknown; the kit knows {', '.join(known)}.")
     if not 0 < rate <= 1:
         raise RobustnessError(f"rate={rate}: is a share of words and must lie above 0 and at most at 1.")
-    reasons = {change: _missing(model, change) for change in changes}
+    reasons = {change: None if change == DROPOUT else missing_for(change) for change in changes}
     unavailable = {change: reason for change, reason in reasons.items() if reason is not None}
-    if len(unavailable) == len(reasons):
-        raise MissingResourceError("no change can be made: " + ("; ".join(unavailable.values()) or "none was named."))
+    _require_one(unavailable, reasons)
     predictor = Predictor(model, tokenizer, **options)
     before = predictor(texts)
     flipped: dict[str, Estimate] = {}
@@ -92,6 +90,10 @@ def consistency(
             with generators_kept():
                 seed_all(seed)
                 after = predictor(texts, training=True)
+            if torch.equal(before, after):
+                unavailable[DROPOUT] = "the model has no dropout."
+                _require_one(unavailable, reasons)
+                continue
         else:
             after = predictor(noisy_texts(texts, change, rate, seed))
         flipped[change] = share((before.argmax(dim=1) != after.argmax(dim=1)).tolist())
@@ -99,11 +101,9 @@ def consistency(
     return ConsistencyResult(flipped, divergence, rate, unavailable)
 
 
-def _missing(model: nn.Module, change: str) -> str | None:
-    if change != DROPOUT:
-        return missing_for(change)
-    active = any(getattr(module, attribute) > 0 for module, attribute in dropout_modules(model))
-    return None if active else "the model has no dropout."
+def _require_one(unavailable: Mapping[str, str], changes: Collection[str]) -> None:
+    if len(unavailable) == len(changes):
+        raise MissingResourceError("no change can be made: " + ("; ".join(unavailable.values()) or "none was named."))
 
 
 def _symmetric_divergence(one: Tensor, two: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         ResultFileError: If the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two processes may write the same file
+    temporary = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
