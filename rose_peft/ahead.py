@@ -111,6 +111,9 @@ def _is_compiled(host: nn.Module) -> bool:
             return True
     # What is around a module is not to be seen from it, but for the frames of the call.
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not dynamo.OptimizedModule.__call__.__code__:
+    while frame is not None:
+        calls = frame.f_code is nn.Module._wrapped_call_impl.__code__
+        if calls and isinstance(frame.f_locals.get("self"), dynamo.OptimizedModule):
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
