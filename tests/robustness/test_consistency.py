@@ -42,8 +42,8 @@ def test_dropout_changes_nothing_else(tokenizer: Any) -> None:
 def test_dropout_that_no_module_does_is_dropout(tokenizer: Any) -> None:
     tokenizer = copy.copy(tokenizer)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1}
-    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, dropout=0.3, pad_token_id=0, init_std=0.3, **sizes)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_hidden_layers": 1, "init_std": 0.3}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, dropout=0.3, pad_token_id=0, **sizes)
     found = consistency(OPTForSequenceClassification(config), tokenizer, TEXTS, changes=["dropout"])
     assert found.divergence["dropout"].value > 0
 
