@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from . import masks
 from .config import ROSEConfig
-from .decision import averaged
 from .distributed import Processes
 from .errors import RoseConfigError, UnsupportedEngineError
 from .masks import Ranking
@@ -62,8 +61,8 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
     Raises:
         RoseConfigError: If the first-order score needs norms that are not known before the step.
     """
-    mean = averaged(state.risk_average)
-    if mean is None or int(state.steps) < config.warmup_steps:
+    squares = state.average.squares()
+    if squares is None or int(state.steps) < config.warmup_steps:
         return None
     if scores.first_order.tensors(()):
         raise RoseConfigError(
@@ -71,7 +70,7 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
             f"{type(scores.first_order).__name__} asks for norms of the step; leave the option out."
         )
     dtype = torch.float64 if parameters[0][1].dtype == torch.float64 else torch.float32
-    facts = Facts(state.units, state.sizes.double(), (), int(state.steps), mean, 1.0, dtype)
+    facts = Facts(state.units, state.sizes.double(), (), int(state.steps), squares, 1.0, dtype)
     values, unscored = scores.first_order.score((), facts)
     absent = torch.ones(len(state.units), dtype=torch.bool, device="cpu")
     absent[[index for index, _ in parameters]] = False

@@ -9,35 +9,10 @@ import torch
 from torch import Tensor
 
 from . import masks
+from .average import RiskAverage, RiskFigures
 from .config import ROSEConfig
 from .masks import Ranking
 from .scores import Facts, Scores
-
-
-@dataclass(frozen=True)
-class RiskFigures:
-    """What the risk passes of one step said, summed over all processes.
-
-    Args:
-        square_sum: Squared norms, float64 [U].
-        finite: Number of passes whose gradient was finite.
-        skipped: Number of passes whose gradient was not.
-        equal: Number of passes whose outputs were equal, but for rounding where both were one call.
-        whole: Number of sampled passes that took the whole batch.
-        bypassed: Number of processes whose gradients come from calls that went past the hook.
-    """
-
-    square_sum: Tensor
-    finite: float = 0
-    skipped: float = 0
-    equal: float = 0
-    whole: float = 0
-    bypassed: float = 0
-
-    @property
-    def passes(self) -> float:
-        """Number of passes, finite or not."""
-        return self.finite + self.skipped
 
 
 @dataclass(frozen=True)
@@ -50,7 +25,7 @@ class Decision:
         first: The first-order ranking, or None without a new one.
         second: The second-order ranking, or None without one.
         risk: What the risk passes said, or None without any.
-        average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
+        average: The average of sampled passes after this step, or None where it stays.
         unmatched: Units with a gradient that second order has nothing to compare with, bool [U]; None without it.
     """
 
@@ -59,7 +34,7 @@ class Decision:
     first: Ranking | None = None
     second: Ranking | None = None
     risk: RiskFigures | None = None
-    average: Tensor | None = None
+    average: RiskAverage | None = None
     unmatched: Tensor | None = None
 
 
@@ -74,7 +49,7 @@ class Gathered:
         risk: What the risk passes said, or None for strategies without any.
         ungraded: Units without a gradient in this step, bool [U].
         last_first_mask: First-order mask of the last step, float32 [U].
-        average: The smoothed mean squares and their weights after this step, [2, U], or None where they stay.
+        average: The average of sampled passes after this step, or None where it stays.
         planned: The first-order ranking that was made before the step, or None.
     """
 
@@ -84,31 +59,8 @@ class Gathered:
     risk: RiskFigures | None
     ungraded: Tensor
     last_first_mask: Tensor
-    average: Tensor | None = None
+    average: RiskAverage | None = None
     planned: Ranking | None = None
-
-
-def smooth(average: Tensor, mean: Tensor, smoothing: float) -> Tensor:
-    """Put new mean squares into a smoothed average, for units that the passes have reached.
-
-    Args:
-        average: Weighted sums and the sums of their weights, float64 [2, U]; the sums over the weights are the
-            bias-corrected average.
-        mean: Mean squared norms of this step's passes, float64 [U]; zero for units that none has reached.
-        smoothing: Weight of the past, in [0, 1).
-    """
-    new = smoothing * average + (1 - smoothing) * torch.stack([mean, torch.ones_like(mean)])
-    return torch.where(mean > 0, new, average)
-
-
-def averaged(average: Tensor) -> Tensor | None:
-    """The bias-corrected average, float64 [U], zero for units that no pass has reached yet; None where there is none.
-
-    Args:
-        average: As `smooth` makes it.
-    """
-    sums, weights = average
-    return torch.where(weights > 0, sums / weights, torch.zeros_like(sums)) if bool(weights.any()) else None
 
 
 def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decision import Gathered, RiskFigures, averaged, smooth
+from .average import RiskFigures
+from .decision import Gathered
 from .distributed import Processes
 from .norms import IndexedTensors, is_sharded, square_norms_per_unit, wide_dtype
-from .risk import RiskWindow
 from .scores import Facts, Scores, Stepping
 from .standing import Standing
 from .steered import Steered
@@ -57,15 +57,17 @@ def gather(
         raise steered.watchdog.bypass_error()
     standing = Standing(steps, window.calls, steered.state.units, steered.state.last_mask)
     *risk_parts, norms = _fetch(risk_sums, [*first, *second], standing, device, processes, splits)
-    risk = RiskWindow.figures(risk_parts[0]) if risk_parts else None
+    risk = window.figures(risk_parts[0]) if risk_parts else None
     if risk is not None:
         _check(steered, risk, pairs)
-    mean = risk.square_sum / risk.finite if risk is not None and risk.finite else None
+    known = risk is not None and risk.finite > 0
+    squares = risk.square_sum / risk.finite if risk is not None and known else None
     average = None
     if config.needs_risk_pass and config.risk_pass == "sampled":
-        average = steered.state.risk_average
-        average = smooth(average, mean, config.risk_smoothing) if mean is not None else average
-        mean = averaged(average)
+        average = steered.state.average
+        if risk is not None and known:
+            average = average.after(risk, config.risk_smoothing)
+        squares = average.squares()
     ungraded = torch.ones(units, dtype=torch.bool, device="cpu")
     ungraded[[entry.index for entry in stepping]] = False
     planned = steered.plan.ranking if steered.plan is not None else None
@@ -76,7 +78,7 @@ def gather(
         sizes=steered.state.sizes.double(),
         stepping=stepping,
         steps=int(steered.state.steps),
-        risk=mean,
+        risk=squares,
         loss_scale=loss_scale,
         dtype=torch.float64 if stepping[0].param.dtype == torch.float64 else torch.float32,
     )

@@ -103,11 +103,13 @@ class Rows:
         args: Positional arguments of the forward call, those rows of them.
         kwargs: Keyword arguments, those rows of them.
         index: Which rows, int64 [k times]; None for the whole batch, whose rows cannot be taken apart.
+        share: Share of the batch's rows, in (0, 1].
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     index: Tensor | None
+    share: float = 1.0
 
 
 def take_rows(
@@ -133,7 +135,8 @@ def take_rows(
     if wanted == count and times == 1:
         return Rows(args, kwargs, index)
     taken = tuple(_take(value, index, count, None) for value in args)
-    return Rows(taken, {name: _take(value, index, count, name) for name, value in kwargs.items()}, index)
+    named = {name: _take(value, index, count, name) for name, value in kwargs.items()}
+    return Rows(taken, named, index, wanted / count)
 
 
 def row_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .decision import RiskFigures
+from .average import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
 from .inputs import by_name
 from .norms import IndexedTensors, add_per_unit, local_part, norms_of, squares
 from .outputs import asking_for_logits, is_causal, logits_of, loss_of, tensors_of, with_loss
 
-# What a window counts besides norms: passes that were finite, skipped, equal and whole, and processes without any.
-COUNTS = 5
+# What a window adds up besides norms: passes that were finite, skipped, equal and whole, how many times more rows the
+# batch had, less one, and processes without any.
+COUNTS = 6
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,23 @@ class RiskWindow:
     """
     The risk passes since the last optimizer step: their squared norms per unit, and what became of each.
 
+    Of units that are vectors the gradients are added up too where `owners` asks for them (see `RiskAverage`).
+
     Everything lies on the device of the parameters until `sums` is fetched with the rest of the step.
 
     Args:
         units: Number of units U.
+        owners: The unit of each weight of the units whose gradients are wanted, int64 [V]; None for no unit.
     """
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int, owners: Tensor | None = None) -> None:
         self._units = units
+        self._sizes = {} if owners is None else {int(index): int((owners == index).sum()) for index in owners.unique()}
         self.forget()
 
     def forget(self) -> None:
         """Forget the passes."""
-        self._square_sum: Tensor | None = None
-        self._counts: Tensor | None = None  # finite, skipped, equal, whole
+        self._sums: Tensor | None = None  # squared norms, gradients, and what `COUNTS` names, all but the last
         self.reached: set[int] = set()
         self.calls = 0
         self._backward_seen = False
@@ -154,7 +158,7 @@ class RiskWindow:
     @property
     def is_empty(self) -> bool:
         """Whether there was no pass."""
-        return self._square_sum is None
+        return self._sums is None
 
     def add(
         self,
@@ -163,6 +167,7 @@ class RiskWindow:
         equal: Tensor,
         scale: float,
         *,
+        share: float = 1.0,
         whole: bool = False,
         retain_graph: bool = True,
     ) -> None:
@@ -173,6 +178,7 @@ class RiskWindow:
             value: The divergence, a scalar with a graph.
             equal: Whether both outputs are equal, a bool scalar.
             scale: Factor on the divergence before its gradient is taken.
+            share: Share of the batch's rows that the pass took, in (0, 1].
             whole: Whether a sampled pass took the whole batch.
             retain_graph: Whether the user still needs the graph, or a part of it.
 
@@ -181,7 +187,8 @@ class RiskWindow:
             UnsupportedEngineError: If the graph does not let itself be asked.
         """
         tensors = [param for _, param in parameters]
-        with _without_hooks(tensors), _norms_on_arrival(tensors) as norms, _typed_errors():
+        wanted = {id(param): index for index, param in parameters if index in self._sizes}
+        with _without_hooks(tensors), _norms_on_arrival(tensors, wanted) as (norms, kept), _typed_errors():
             torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
         # In the order of the parameters, not of their arrival, so that sums are the same every time.
         found = [(index, norms[id(param)]) for index, param in parameters if id(param) in norms]
@@ -195,16 +202,24 @@ class RiskWindow:
         device = found[0][1].device
         square_sum = add_per_unit(found, self._units, device) / scale**2
         finite = torch.isfinite(square_sum.sum())
-        counts = [finite, ~finite, equal.to(device), torch.full_like(finite, whole)]
-        self._add(torch.where(finite, square_sum, torch.zeros_like(square_sum)), torch.stack(counts))
+        passes = torch.stack([finite, ~finite, equal.to(device), torch.full_like(finite, whole)])
+        gradients = self._in_order({wanted[param]: gradient for param, gradient in kept.items()}, square_sum) / scale
+        said = torch.cat([square_sum, gradients])
+        said = torch.cat([said, said.new_full((1,), 1 / share - 1)])
+        said = torch.where(finite, said, torch.zeros_like(said))
+        sums = torch.cat([said[:-1], passes.to(said.dtype), said[-1:]])
+        self._sums = sums if self._sums is None else self._sums + sums
 
-    def _add(self, square_sum: Tensor, counts: Tensor) -> None:
-        counts = counts.to(square_sum.dtype)
-        self._square_sum = square_sum if self._square_sum is None else self._square_sum + square_sum
-        self._counts = counts if self._counts is None else self._counts + counts
+    def _in_order(self, gradients: dict[int, Tensor], like: Tensor) -> Tensor:
+        """Gradients by unit, one after the other [V], zeros for those that the pass has not reached."""
+        parts = [
+            gradients[index].flatten().to(like) if index in gradients else like.new_zeros(size)
+            for index, size in self._sizes.items()
+        ]
+        return torch.cat(parts) if parts else like.new_zeros(0)
 
     def sums(self, device: torch.device, dtype: torch.dtype, bypassed: bool) -> Tensor:
-        """Squared norms per unit and the counts, [U + COUNTS]; zeros without a pass.
+        """Squared norms per unit, gradients and the counts, [U + V + COUNTS]; zeros without a pass.
 
         Args:
             device: Where they are wanted.
@@ -212,18 +227,18 @@ class RiskWindow:
             bypassed: Whether this process has new gradients from calls that went past the hook.
         """
         ours = torch.full((1,), bypassed, dtype=dtype, device=device)
-        if self._square_sum is None or self._counts is None:
-            return torch.cat([torch.zeros(self._units + COUNTS - 1, dtype=dtype, device=device), ours])
-        return torch.cat([self._square_sum.to(device, dtype), self._counts.to(device, dtype), ours])
+        if self._sums is None:
+            length = self._units + sum(self._sizes.values()) + COUNTS - 1
+            return torch.cat([torch.zeros(length, dtype=dtype, device=device), ours])
+        return torch.cat([self._sums.to(device, dtype), ours])
 
-    @staticmethod
-    def figures(sums: Tensor) -> RiskFigures:
+    def figures(self, sums: Tensor) -> RiskFigures:
         """Read off what `sums` of all processes add up to.
 
         Args:
-            sums: float64 [U + COUNTS] on the CPU.
+            sums: float64 [U + V + COUNTS] on the CPU.
         """
-        return RiskFigures(sums[:-COUNTS], *sums[-COUNTS:].tolist())
+        return RiskFigures(sums[: self._units], sums[self._units : -COUNTS], *sums[-COUNTS:].tolist())
 
     # Passes whose gradients were thrown away ------------------------------------------------------------------------
 
@@ -253,15 +268,14 @@ class RiskWindow:
         Args:
             holders: Where the gradients lie: parameters, or their shards.
         """
-        if self._square_sum is None or self._counts is None or not self._backward_seen:
+        if self._sums is None or not self._backward_seen:
             return
         gradients = [param.grad for param in holders if param.grad is not None]
         if not gradients:
             self.forget()
         else:  # zero_grad(set_to_none=False) leaves zeros; asking the device for a Python answer would stall it
             alive = squares(norms_of(map(local_part, gradients))).sum() != 0
-            self._square_sum = self._square_sum * alive
-            self._counts = self._counts * alive
+            self._sums = self._sums * alive
 
 
 @contextmanager
@@ -285,27 +299,33 @@ def _typed_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _norms_on_arrival(tensors: Sequence[Tensor]) -> Iterator[dict[int, Tensor]]:
+def _norms_on_arrival(
+    tensors: Sequence[Tensor], wanted: Container[int]
+) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
     """Take the norm of each gradient as soon as it is known, and let go of it: together they take a model's memory.
 
     Args:
         tensors: Whose gradients are asked for.
+        wanted: ids of those whose gradients are kept too.
 
     Yields:
-        id of a tensor -> norm of its gradient.
+        id of a tensor -> norm of its gradient, and id of a wanted one -> its gradient.
     """
     norms: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
     handles = []
 
     def take(tensor: int, gradient: Tensor) -> Tensor:
         (norms[tensor],) = norms_of([local_part(gradient)])
+        if tensor in wanted:
+            kept[tensor] = gradient
         # Nobody reads what stands in its place; a shard keeps its own, for it cannot be one number everywhere.
         return gradient if isinstance(gradient, DTensor) else norms[tensor].to(gradient.dtype).expand_as(gradient)
 
     try:
         for key, tensor in {id(tensor): tensor for tensor in tensors}.items():
             handles.append(tensor.register_hook(partial(take, key)))
-        yield norms
+        yield norms, kept
     finally:
         for handle in handles:
             handle.remove()

@@ -33,12 +33,14 @@ class Sample:
         twice: The same with each row in it twice, which makes two passes in one; None where that would not be two.
         asking: Keyword arguments in the place of the call's, for a model that left its logits out.
         whole: Whether it is the whole batch, because its rows cannot be taken apart.
+        share: Share of the batch's rows, in (0, 1].
     """
 
     call: Call
     twice: Call | None
     asking: dict[str, Any]
     whole: bool
+    share: float
 
     def both(self, head: Head) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The logits of two passes."""
@@ -74,7 +76,7 @@ def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_o
     if at_once and rows.index is not None and _rows_are_apart(call.module, logits):
         doubled = take_rows(call.args, kwargs, fraction, results, times=2)
         twice = Call(call.module, doubled.args, doubled.kwargs, {})
-    return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None)
+    return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None, rows.share)
 
 
 def _rows_are_apart(module: nn.Module, logits: Sequence[Tensor]) -> bool:
@@ -122,7 +124,7 @@ def sampled_pass(
     # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
     inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
     retain = any(tensor.requires_grad for tensor in inputs)
-    window.add(parameters(), value, equal, scale, whole=sample.whole, retain_graph=retain)
+    window.add(parameters(), value, equal, scale, share=sample.share, whole=sample.whole, retain_graph=retain)
 
 
 @contextmanager

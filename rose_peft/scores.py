@@ -74,8 +74,8 @@ class Facts:
         sizes: Number of weights of each unit, float64 [U].
         stepping: The parameters of units that have a gradient in this step.
         steps: Number of masked steps taken before this one.
-        risk: Mean squared norms of the divergence gradients, float64 [U], zero for units that none has reached; None
-            without a risk pass.
+        risk: Mean squared norms of the divergence gradients, float64 [U], zero for units that none has reached; of
+            sampled passes as the whole batch would have them, but for a common factor. None without a risk pass.
         loss_scale: Scale that the gradients still carry.
         dtype: In which the scores are ranked, float32 or float64.
     """

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decision import Decision, RiskFigures
+from .average import RiskAverage, RiskFigures
+from .decision import Decision
 from .errors import RoseError
 
 # Key in a parameter group, and the version of what lies there.
 STATE_KEY = "rose"
-VERSION = 2
+VERSION = 3
 HISTORY_LENGTH = 1024
 # A unit whose mean mask stays below this has hardly moved.
 FROZEN_SHARE = 0.05
@@ -124,11 +125,15 @@ class SelectionState:
     Args:
         names: Unit names, U of them.
         sizes: Number of weights of each unit; None for units of one weight each.
+        owners: The unit of each weight of the units whose gradients are averaged, int64 [V]; None for no unit.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int] | None = None) -> None:
+    def __init__(self, names: Sequence[str], sizes: Sequence[int] | None = None, owners: Tensor | None = None) -> None:
         units = len(names)
         nan = float("nan")
+        if owners is None:
+            owners = torch.zeros(0, dtype=torch.int64, device="cpu")
+        average = RiskAverage.empty(units, owners)
         with torch.device("cpu"):  # whatever the default is
             self.values: dict[str, Any] = {
                 "version": VERSION,
@@ -148,7 +153,10 @@ class SelectionState:
                 "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
                 "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
                 "risk_scale": torch.full((), FIRST_RISK_SCALE, dtype=torch.float64),
-                "risk_average": torch.zeros(2, units, dtype=torch.float64),
+                "risk_linear": average.linear,
+                "risk_quadratic": average.quadratic,
+                "risk_gradients": average.gradients,
+                "risk_owners": average.owners,
                 "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
                 "history_stride": torch.ones((), dtype=torch.int64),
             }
@@ -227,7 +235,8 @@ class SelectionState:
         if decision.risk is not None:
             new |= self._after_risk(decision.risk, risk_period)
         if decision.average is not None:
-            new["risk_average"] = decision.average
+            new["risk_linear"], new["risk_quadratic"] = decision.average.linear, decision.average.quadratic
+            new["risk_gradients"] = decision.average.gradients
         masks = torch.where(decision.stepped, decision.masks, torch.zeros_like(decision.masks))
         new["last_mask"], new["last_stepped"] = masks, decision.stepped
         new["mask_sum"] = self.mask_sum + masks
@@ -302,7 +311,13 @@ class SelectionState:
         mine = [index for index, name in enumerate(self.units) if name in old]
         theirs = [old[self.units[index]] for index in mine]
         for name, value in self.values.items():
-            if not isinstance(value, Tensor) or name == "sizes":
+            if not isinstance(value, Tensor) or name in ("sizes", "risk_owners"):
+                continue
+            if name == "risk_gradients":
+                for index, other in zip(mine, theirs, strict=True):
+                    here, there = self.risk_owners == index, values["risk_owners"] == other
+                    if here.sum() == there.sum():
+                        value[here] = values[name][there]
                 continue
             if value.dim() == 0 or name.endswith("thresholds"):
                 value.copy_(values[name])
@@ -312,6 +327,11 @@ class SelectionState:
                 value[:, mine] = values[name][:, theirs]
 
     # What is read ---------------------------------------------------------------------------------------------------
+
+    @property
+    def average(self) -> RiskAverage:
+        """The average of sampled risk passes."""
+        return RiskAverage(self.risk_linear, self.risk_quadratic, self.risk_gradients, self.risk_owners)
 
     def mask_history(self) -> tuple[Tensor, int]:
         """Mean masks over time.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .decision import RiskFigures
+from .average import RiskFigures
 from .dropout import dropout_modules
 from .errors import RoseInactiveError
 from .norms import IndexedTensors, local_part

@@ -20,6 +20,7 @@ from rose_peft.outputs import logits_of
 from tests.helpers import reference
 from tests.helpers.blocks import Blocks, DropoutBlocks, set_gradients, weights
 from tests.helpers.tiny import batch, tiny_bert
+from tests.helpers.window import figures_of
 
 
 def risk_gradients(model: nn.Module, call) -> tuple[Tensor, dict[str, Tensor]]:
@@ -247,9 +248,7 @@ def test_13_first_order_freezes_without_looking_at_the_gradient():
     selector = attach_rose(model, ROSEConfig(strategy="first_order", upper_quantile=0.5))
     torch.manual_seed(0)
     model(torch.randn(8, 3, dtype=torch.float64)).square().sum().backward()
-    riskiest = None
-    probe = copy.deepcopy(selector.current.window._square_sum)
-    riskiest = int(probe.argmax())
+    riskiest = int(figures_of(selector).square_sum.argmax())
     weights(model)[riskiest].grad.fill_(float("nan"))
     optimizer.step()
     assert selector.state.last_mask[riskiest] == 0
@@ -303,7 +302,7 @@ def norms_in_float32(model: nn.Module) -> Tensor:
     selector = attach_rose(model, ROSEConfig(strategy="first_order"))
     torch.manual_seed(0)
     model(**batch(model))
-    norms = selector.current.window._square_sum.sqrt()
+    norms = figures_of(selector).square_sum.sqrt()
     selector.detach()
     return norms
 
@@ -329,7 +328,7 @@ def norms_with_autocast_around_the_call(model: nn.Module) -> Tensor:
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=torch.float16):
         model(**batch(model))
-    norms = selector.current.window._square_sum.sqrt()
+    norms = figures_of(selector).square_sum.sqrt()
     selector.detach()
     return norms
 
@@ -342,7 +341,7 @@ def norms_with_autocast_inside_the_call(model: nn.Module) -> Tensor:
     torch.manual_seed(0)
     model(**batch(model))
     del model.forward
-    norms = selector.current.window._square_sum.sqrt()
+    norms = figures_of(selector).square_sum.sqrt()
     selector.detach()
     return norms
 

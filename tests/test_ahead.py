@@ -73,7 +73,7 @@ def test_masks_follow_from_the_passes_before_the_step() -> None:
             scores = (average[0] / average[1]).sqrt()
             kept = scores <= scores.float().quantile(0.5)
             assert torch.equal(selector.state.last_mask.bool(), kept)
-        average = selector.state.risk_average.clone()
+        average = selector.state.risk_linear.clone()
 
 
 def test_accumulation_keeps_one_plan_for_the_step() -> None:

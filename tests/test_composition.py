@@ -31,6 +31,7 @@ from rose_peft import (
 )
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 from tests.helpers.training import changed, optimizer_of, outputs, snapshot, step, train, train_watched, trainable
+from tests.helpers.window import figures_of
 
 QUERY_VALUE = [f"bert.encoder.layer.{i}.attention.self.{name}" for i in (0, 1) for name in ("query", "value")]
 NORMS = [f"bert.encoder.layer.{i}.{name}.LayerNorm" for i in (0, 1) for name in ("attention.output", "output")]
@@ -364,7 +365,7 @@ def test_one_risk_pass_per_forward_call(task_type: str | None) -> None:
     for _ in range(2):
         model(**batch(model))
     assert len(calls) == 4
-    assert int(get_selector(model).current.window._counts.sum()) == 2
+    assert figures_of(get_selector(model)).passes == 2
     model.get_base_model()(**batch(model))
     assert len(calls) == 6
 

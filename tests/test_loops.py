@@ -141,7 +141,7 @@ def test_sampled_passes_with_nothing_frozen_are_plain_fine_tuning(loop: str, lor
         found.append({name: param.detach() for name, param in model.named_parameters()})
         found[-1]["draws"] = torch.get_rng_state()
     assert selector.statistics().steps == STEPS and selector.statistics().kept_share == 1
-    assert (selector.state.risk_average[0] > 0).all()
+    assert (selector.state.risk_linear[0] > 0).all()
     assert not [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]
 
 
@@ -172,7 +172,7 @@ def test_sampled_passes_are_resumed_by_accelerate(tmp_path: Path) -> None:
     go_on(again, other, resumed, batches[4:])
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
     states = [find_selector(each).state for each in (model, other)]
-    assert int(states[0].steps) == len(batches) and torch.equal(states[0].risk_average, states[1].risk_average)
+    assert int(states[0].steps) == len(batches) and torch.equal(states[0].risk_linear, states[1].risk_linear)
     assert torch.equal(states[0].mask_history()[0], states[1].mask_history()[0])
 
 

@@ -16,7 +16,7 @@ LAYERS, WIDTH = 6, 5
 def square_norms(parameters: list[tuple[int, Tensor]], value: Tensor, units: int = LAYERS) -> Tensor:
     window = RiskWindow(units)
     window.add(parameters, value, torch.tensor(False), scale=1.0)
-    return RiskWindow.figures(window.sums(torch.device("cpu"), torch.float64, bypassed=False)).square_sum
+    return window.figures(window.sums(torch.device("cpu"), torch.float64, bypassed=False)).square_sum
 
 
 def deep() -> tuple[nn.Module, Tensor]:

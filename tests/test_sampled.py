@@ -14,8 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,13 +27,15 @@ from rose_peft import (
     get_selector,
     watchdog,
 )
+from rose_peft.average import RiskAverage
 from rose_peft.config import RISK_SMOOTHING
-from rose_peft.decision import averaged, smooth
 from rose_peft.outputs import logits_of
 from rose_peft.sampled import aside
 from rose_peft.selector import RoseSelector
+from rose_peft.units import vector_owners
 from tests.helpers.comparing import assert_same, everything
 from tests.helpers.tiny import SIZES, batch, tiny_bert
+from tests.helpers.window import figures_of
 
 STRATEGIES = ["first_order", "ensemble"]
 NOTHING_FROZEN = {"upper_quantile": 1.0, "lower_quantile": 0.0}
@@ -209,7 +209,7 @@ def test_nothing_frozen_is_plain_training_to_the_last_bit(kind: str, lora: bool,
     selector = get_selector(model)
     # There was something to rank by: every unit that the passes reach has a norm.
     assert selector.statistics().steps == 3 and selector.statistics().skipped_risk_passes == 0
-    assert int((selector.state.risk_average[0] > 0).sum()) >= 2
+    assert int((selector.state.risk_linear[0] > 0).sum()) >= 2
     assert selector.statistics().whole_risk_passes == 0
 
 
@@ -257,7 +257,7 @@ def test_the_gradient_runs_through_both_small_passes(apart: bool, monkeypatch: p
     torch.manual_seed(3)
     model(**inputs).loss.backward()
     adamw(model).step()
-    found = selector.state.risk_average[0] / selector.state.risk_average[1]
+    found = selector.state.risk_linear[0] / selector.state.risk_linear[1]
     plain = tiny_bert()
     torch.set_rng_state(seeds[1])  # both passes draw one after the other, or all of it at once
     rows = [[0, 2, 0, 2]] if apart else [[0, 2], [0, 2]]
@@ -270,6 +270,10 @@ def test_the_gradient_runs_through_both_small_passes(apart: bool, monkeypatch: p
     gradients = torch.autograd.grad(value, [named[unit.name] for unit in selector.units])
     expected = torch.stack([gradient.double().square().sum() for gradient in gradients])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    # Of vectors the gradients themselves, in the order of the units.
+    norms = [gradient.double() for gradient in gradients if gradient.dim() == 1]
+    assert len(norms) == 4  # two norms in each of two blocks
+    torch.testing.assert_close(selector.state.risk_gradients, torch.cat(norms), rtol=1e-4, atol=1e-9)
     assert not torch.equal(seeds[0], seeds[1]) and not torch.equal(*passes)
 
 
@@ -338,7 +342,7 @@ def test_passes_draw_anew_each_time_and_the_same_from_the_same_state() -> None:
             torch.manual_seed(seed)
             model(**batch(model)).loss.backward()
             optimizer.step()
-            found.append(selector.state.risk_average[0].clone())
+            found.append(selector.state.risk_linear[0].clone())
         return found
 
     one, two, three = norms([1, 2, 1])
@@ -388,49 +392,6 @@ def test_quantized_weights_are_not_copied() -> None:
 
 # Smoothing ----------------------------------------------------------------------------------------------------------
 
-positive = st.floats(1e-6, 1e6)
-
-
-@given(st.lists(st.lists(positive, min_size=3, max_size=3), min_size=1, max_size=12), st.floats(0, 0.99))
-def test_the_average_is_bias_corrected(means: list[list[float]], smoothing: float) -> None:
-    average = torch.zeros(2, 3, dtype=torch.float64)
-    for mean in means:
-        average = smooth(average, torch.tensor(mean, dtype=torch.float64), smoothing)
-    weights = torch.tensor([smoothing**age for age in range(len(means))][::-1], dtype=torch.float64)
-    expected = (weights[:, None] * torch.tensor(means, dtype=torch.float64)).sum(0) / weights.sum()
-    torch.testing.assert_close(averaged(average), expected, rtol=1e-9, atol=0)
-
-
-@given(positive, st.integers(1, 20), st.floats(0, 0.99))
-def test_the_average_of_a_constant_is_the_constant(value: float, count: int, smoothing: float) -> None:
-    average = torch.zeros(2, 1, dtype=torch.float64)
-    for _ in range(count):
-        average = smooth(average, torch.tensor([value], dtype=torch.float64), smoothing)
-    assert float(averaged(average)) == pytest.approx(value, rel=1e-9)
-
-
-@given(st.lists(st.tuples(st.booleans(), positive), min_size=1, max_size=12), st.floats(0, 0.99))
-def test_units_that_a_pass_does_not_reach_keep_theirs(passes: list[tuple[bool, float]], smoothing: float) -> None:
-    """Unit 0 is reached by every pass, unit 1, an expert, by some: its average is that of those alone."""
-    both, alone = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
-    for reached, value in passes:
-        both = smooth(both, torch.tensor([1.0, value if reached else 0.0], dtype=torch.float64), smoothing)
-        if reached:
-            alone = smooth(alone, torch.tensor([value], dtype=torch.float64), smoothing)
-    assert torch.equal(both[:, 1:], alone)
-    found, only = averaged(both), averaged(alone)
-    assert float(found[0]) == pytest.approx(1.0)
-    assert only is None or float(found[1]) == float(only)
-    assert only is not None or float(found[1]) == 0  # nothing to be ranked by yet
-
-
-def test_smoothing_changes_nothing_in_place() -> None:
-    average, mean = torch.rand(2, 3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-    before = average.clone(), mean.clone()
-    smooth(average, mean, 0.5)
-    assert torch.equal(average, before[0]) and torch.equal(mean, before[1])
-    assert averaged(torch.zeros(2, 3, dtype=torch.float64)) is None
-
 
 def recorded(model: nn.Module, steps: int, **fields: Any) -> tuple[RoseSelector, list[Any]]:
     """Train, and keep (risk figures, average after the step, masks) of every step."""
@@ -442,21 +403,24 @@ def recorded(model: nn.Module, steps: int, **fields: Any) -> tuple[RoseSelector,
     seen = []
     for number in range(steps):
         step(model, optimizer, number)
-        seen.append((gathered[-1].risk, selector.state.risk_average.clone(), selector.state.last_mask.clone()))
+        seen.append((gathered[-1].risk, selector.state.risk_linear.clone(), selector.state.last_mask.clone()))
     return selector, seen
 
 
 def test_masks_rank_the_average_of_all_passes_so_far() -> None:
     smoothing = 0.2
     selector, seen = recorded(tiny_bert(), 18, risk_interval=3, risk_smoothing=smoothing, upper_quantile=0.7)
+    expected = RiskAverage.empty(len(selector.units), vector_owners(selector.units))
     sums = torch.zeros(len(selector.units), dtype=torch.float64)
-    weight = 0.0
     for number, (risk, average, mask) in enumerate(seen):
         assert (risk is not None) == (number % 3 == 0)
         if risk is not None:
-            sums, weight = smoothing * sums + 0.8 * risk.square_sum / risk.finite, smoothing * weight + 0.8
+            expected = expected.after(risk, smoothing)
+            sums = smoothing * sums + 0.8 * risk.square_sum / risk.finite
         torch.testing.assert_close(average[0], sums, rtol=1e-12, atol=0)
-        scores = (sums / weight).sqrt().float()
+        squares = expected.squares()
+        assert squares is not None
+        scores = squares.sqrt().float()
         assert torch.equal(mask.bool(), scores <= scores.quantile(0.7))
     masks = [mask for _, _, mask in seen]
     assert torch.equal(masks[0], masks[2]) and not all(torch.equal(masks[0], mask) for mask in masks)
@@ -470,8 +434,7 @@ def test_the_interval_counts_optimizer_steps_and_each_micro_batch_has_a_pass() -
     for number in range(4):
         for micro in range(3):
             model(**batch(model, seed=3 * number + micro)).loss.backward()
-        sums = selector.current.window.sums(torch.device("cpu"), torch.float64, False)
-        counts.append(int(selector.current.window.figures(sums).finite))
+        counts.append(int(figures_of(selector).finite))
         optimizer.step()
         optimizer.zero_grad()
     assert counts == [3, 0, 3, 0]
@@ -485,7 +448,7 @@ def test_a_step_that_is_not_taken_does_not_count() -> None:
     model.zero_grad()
     model(**batch(model, seed=1)).loss.backward()
     adamw(model).step()
-    assert selector.statistics().steps == 1 and (selector.state.risk_average[1] > 0).all()
+    assert selector.statistics().steps == 1 and (selector.state.risk_linear[1] > 0).all()
 
 
 class Sometimes(nn.Module):
@@ -516,7 +479,7 @@ def test_a_pass_that_is_not_finite_is_skipped_and_the_average_kept() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        averages.append(selector.state.risk_average.clone())
+        averages.append(selector.state.risk_linear.clone())
         masks.append(selector.state.last_mask.clone())
     assert selector.statistics().skipped_risk_passes == 1
     assert torch.equal(averages[1], averages[2]) and not torch.equal(averages[2], averages[3])
@@ -542,14 +505,14 @@ def test_two_adapters_in_turn_keep_their_own_averages_and_intervals() -> None:
         name = ("default", "other")[number % 2]
         model.set_adapter(name)
         assert selector.current.name == name
-        before = {key: steered.state.risk_average.clone() for key, steered in selector.adapters.items()}
+        before = {key: steered.state.risk_linear.clone() for key, steered in selector.adapters.items()}
         step(model, optimizer, number)
-        after = {key: steered.state.risk_average for key, steered in selector.adapters.items()}
+        after = {key: steered.state.risk_linear for key, steered in selector.adapters.items()}
         changes[name].append(not torch.equal(before[name], after[name]))
         idle = "other" if name == "default" else "default"
         assert torch.equal(before[idle], after[idle])
     assert changes == {"default": [True, False] * 3, "other": [True, False, False] * 2}
-    assert not torch.equal(*(steered.state.risk_average for steered in selector.adapters.values()))
+    assert not torch.equal(*(steered.state.risk_linear for steered in selector.adapters.values()))
 
 
 # Nothing to rank by -------------------------------------------------------------------------------------------------
@@ -695,7 +658,7 @@ def whole_passes(model: nn.Module, inputs: dict[str, Any], *args: Any, units: in
     output = model(*args, **inputs)
     logits_of(output)[0].float().square().mean().backward()
     adamw(model).step()
-    assert int((selector.state.risk_average[0] > 0).sum()) >= units
+    assert int((selector.state.risk_linear[0] > 0).sum()) >= units
     return selector.statistics().whole_risk_passes, sizes[:2]
 
 
@@ -713,7 +676,7 @@ def test_embeddings() -> None:
     output.logits.sum().backward()
     assert embeddings.grad is not None and (embeddings.grad != 0).any(dim=(1, 2)).all()
     adamw(model).step()
-    assert selector.statistics().whole_risk_passes == 0 and (selector.state.risk_average[1] > 0).all()
+    assert selector.statistics().whole_risk_passes == 0 and (selector.state.risk_linear[1] > 0).all()
 
 
 def test_embeddings_that_units_made_can_still_be_differentiated() -> None:
@@ -829,7 +792,7 @@ def masks_of(model: nn.Module, steps: int = 5) -> list[Tensor]:
     for number in range(steps):
         step(model, optimizer, number)
         found.append(selector.state.last_mask.clone())
-    return [*found, selector.state.risk_average.clone()]
+    return [*found, selector.state.risk_linear.clone()]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

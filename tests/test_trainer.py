@@ -59,7 +59,7 @@ def test_resumed_equals_uninterrupted(base: str, rose: dict[str, Any], tmp_path:
     statistics = [get_selector(trainer.model).statistics() for trainer in (whole, resumed)]
     assert statistics[0].steps == 8 and 0 < statistics[0].kept_share < 1
     assert str(statistics[0].as_dict()) == str(statistics[1].as_dict())  # as text: NaN equals itself
-    averages = [get_selector(trainer.model).state.risk_average for trainer in (whole, resumed)]
+    averages = [get_selector(trainer.model).state.risk_linear for trainer in (whole, resumed)]
     assert torch.equal(*averages) and bool(averages[0].any()) == bool(rose)
 
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, Scores, attach_rose, get_selector
+from rose_peft.average import RiskAverage, RiskFigures
 from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
-from rose_peft.decision import averaged, smooth
 from rose_peft.masks import quantile_band
 from rose_peft.risk import Call, Head, RiskWindow, paired_pass
 from rose_peft.sampled import aside, sampled_pass, take_sample
 from rose_peft.scores import Facts, Stepping
+from rose_peft.units import vector_owners
 
 Batch = dict[str, Tensor]
 PUBLISHED = "published draw"
@@ -143,27 +144,28 @@ def agreement_along(
     )
     selector = get_selector(model)
     units, head = len(selector.units), Head(model, "SEQ_CLS", None)
+    owners = vector_owners(selector.units)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), 1e-6, weight_decay=0.01)
-    found, averages = Agreement(), {setting: torch.zeros(2, units, dtype=torch.float64) for setting in SETTINGS}
+    found, averages = Agreement(), dict.fromkeys(SETTINGS, RiskAverage.empty(units, owners))
     compared = set(point_steps(steps, points))
 
-    def square_norms(run: Callable[[RiskWindow], None]) -> Tensor:
-        window = RiskWindow(units)
+    def figures(run: Callable[[RiskWindow], None]) -> RiskFigures:
+        window = RiskWindow(units, owners)
         run(window)
-        return RiskWindow.figures(window.sums(torch.device("cpu"), torch.float64, False)).square_sum
+        return window.figures(window.sums(torch.device("cpu"), torch.float64, False))
 
     def parameters() -> list[tuple[int, Tensor]]:
         return selector.live.parameters(selector.current.name)
 
     def published(call: Call) -> Tensor:
         value, equal, _ = paired_pass(call, call.again(), head)
-        return square_norms(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False))
+        return figures(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False)).square_sum
 
     def one_sided(call: Call) -> Tensor:
         with torch.no_grad():
             first = head.logits(call.again())
         value, equal = head.divergence(first, head.logits(call.again()), call.kwargs)
-        return square_norms(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False))
+        return figures(lambda window: window.add(parameters(), value, equal, 1.0, retain_graph=False)).square_sum
 
     model.train()
     for step, batch in zip(range(steps), batches, strict=False):
@@ -177,7 +179,7 @@ def agreement_along(
             started = clock()
             sample = take_sample(call, output, head, fraction)
             with selector.passes.own(), aside(model):
-                mean = square_norms(
+                risk = figures(
                     lambda window, sample=sample: sampled_pass(
                         sample, head, window, parameters, scale=1.0, exact=False
                     )
@@ -185,7 +187,7 @@ def agreement_along(
             found.pass_seconds[fraction].append(clock() - started)
             for setting in due:
                 if setting.fraction == fraction:
-                    averages[setting] = smooth(averages[setting], mean, setting.smoothing)
+                    averages[setting] = averages[setting].after(risk, setting.smoothing)
         if is_point:
             started = clock()
             candidates = {PUBLISHED: published(call)}
@@ -208,10 +210,10 @@ def agreement_along(
     return found
 
 
-def _known(average: Tensor) -> Tensor:
-    mean = averaged(average)
-    assert mean is not None  # every setting has a pass at step 0
-    return mean
+def _known(average: RiskAverage) -> Tensor:
+    squares = average.squares()
+    assert squares is not None  # every setting has a pass at step 0
+    return squares
 
 
 def _compare(found: Agreement, candidates: dict[str, Tensor], expected: Tensor, uppers: Sequence[float]) -> None:

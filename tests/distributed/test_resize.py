@@ -31,7 +31,7 @@ def run(ranks: int, route: str, action: str, folder: Path, **environment: str) -
 @pytest.mark.parametrize("route", ["dcp ddp", "dcp fsdp2", "accelerate ddp", "accelerate fsdp2"])
 def test_state_survives(route: str, before: int, after: int, tmp_path: Path) -> None:
     expected = run(before, route, "save", tmp_path)[0]
-    assert int(expected["state"]["steps"]) == 2 and expected["state"]["risk_average"].any()
+    assert int(expected["state"]["steps"]) == 2 and expected["state"]["risk_linear"].any()
     assert (torch.stack(expected["masks"]) == 0).any()
     for found in run(after, route, "load", tmp_path):
         for name, value in expected["state"].items():
