@@ -56,6 +56,8 @@ SETTINGS = (
     Setting(16, 0.25, 0.8),
     Setting(4, 0.25, 0.8),
     Setting(4, 0.125, 0.8),
+    Setting(8, 0.125, 0.8),
+    Setting(8, 0.125, 0.9),
 )
 
 

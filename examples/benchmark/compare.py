@@ -156,6 +156,7 @@ class Comparison:
                 "history": trained["history"],
                 "device": trained["device"],
                 "products": _products(),
+                "trained_with": trained["versions"],
                 "kept_share": (trained["rose"] or {}).get("kept_share"),
                 "unavailable": unavailable,
             },

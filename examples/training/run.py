@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, get_s
 
 from examples.benchmark.objectives import make_objective
 from rose_peft import RoseError, get_selector, plot_masks, update_model_card
-from rose_peft.robustness.results import write_json
+from rose_peft.robustness.results import installed_versions, write_json
 
 from .arguments import InputError, TrainArguments, reason
 from .checkpoint import NOTE, Checkpoints, keep_model, open_run, whole_file
@@ -38,7 +36,6 @@ SCHEMA_VERSION = 1
 # Where a run lies and how it is started does not define it.
 NOT_DEFINING = ("output_dir", "resume", "overwrite", "save_steps")
 SPAN_BATCHES = 32
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 
 class EpochSampler(Sampler[int]):
@@ -264,7 +261,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
         "steps": progress.step,
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": installed_versions(),
         "rose": selector.statistics().as_dict() if selector is not None else None,
     }
     if accelerator.is_main_process:

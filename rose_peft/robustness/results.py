@@ -7,7 +7,7 @@ A JSON object with these keys:
 | `schema_version` | `SCHEMA_VERSION` of the kit that wrote it |
 | `method`, `task`, `seed` | what was trained, on what, with which training seed |
 | `rows` | a table: objects with `measure`, `part`, `rate`, `value`, `n`, `low`, `high` |
-| `versions` | package -> version |
+| `versions` | package -> version; in a clone also the last commit that touched ours, `+` where files differ from it |
 | `config` | everything else one needs to repeat the run |
 | `images` | title -> path of a picture, relative to the result file |
 
@@ -21,9 +21,11 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,10 @@ SCHEMA_VERSION = 2
 """Version of the layout of result files; those of another one are refused."""
 SUFFIX = ".result.json"
 
-_PACKAGES = ("rose-peft", "torch", "transformers", "peft", "datasets", "textattack", "nltk", "numpy", "scipy")
+_PACKAGES = (
+    *("rose-peft", "torch", "transformers", "peft", "accelerate"),
+    *("datasets", "textattack", "nltk", "numpy", "scipy"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,26 @@ def installed_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    commit = source_commit(Path(__file__).parents[1])
+    return {**found, "rose-peft commit": commit} if commit else found
+
+
+@lru_cache
+def source_commit(folder: Path) -> str:
+    """Name the last commit that touched a folder, with a `+` where its files differ from it; "" outside of a clone.
+
+    Args:
+        folder: Any folder; one that git does not track, as in a virtual environment inside a clone, has no commit.
+    """
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("log", "-1", "--format=%h", "--", ".").strip()
+        return commit + "+" * bool(commit and git("status", "--porcelain", "--", ".").strip())
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @dataclass
