@@ -53,7 +53,7 @@ def trained(cell: Cell, ranks: list[dict[str, Any]], reference: dict[str, Any] |
 
 def bytes_of(cell: Cell, rank: dict[str, Any]) -> int:
     """What a step sends at most."""
-    return expected_bytes(cell.strategy, rank["masks"].shape[1], rank["sharded"])
+    return expected_bytes(cell.strategy, rank["masks"].shape[1], rank["sharded"], rank["vectors"])
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)

@@ -65,7 +65,7 @@ def check(cell: ZeroCell, folder: Path) -> None:
         assert not rank["wrong"]
         assert torch.equal(rank["masks"], ranks[0]["masks"])
         assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for name in rank["weights"])
-        assert max(rank["traffic"]) == expected_bytes(cell.strategy, rank["units"], sharded=True)
+        assert max(rank["traffic"]) == expected_bytes(cell.strategy, rank["units"], True, rank["vectors"])
         if cell.compared:
             assert torch.equal(rank["masks"], rank["reference"]["masks"])
             weights = {name: weight.float() for name, weight in rank["weights"].items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rose_peft import distributed
 
-MARK, RISK_COUNTS = 3, 5  # numbers that say where a process stands, and that count the risk passes
+MARK, RISK_COUNTS = 3, 6  # numbers that say where a process stands, and what became of the risk passes
 
 
 class Counted:
@@ -32,14 +32,15 @@ class Counted:
         return mock.patch.object(distributed, "dist", self)
 
 
-def expected_bytes(strategy: str, units: int, sharded: bool) -> int:
+def expected_bytes(strategy: str, units: int, sharded: bool, vectors: int) -> int:
     """Of a step with a risk pass: one float64 per unit for the risk, and for gradients and momenta where sharded.
 
     Args:
         strategy: ROSE's.
         units: Number of units.
         sharded: Whether each process has a part of each unit.
+        vectors: Number of weights of units that are vectors, whose gradients of sampled passes are sent.
     """
-    risk = units + RISK_COUNTS if strategy != "second_order" else 0
+    risk = units + vectors + RISK_COUNTS if strategy != "second_order" else 0
     norms = 2 * units if sharded and strategy != "first_order" else 0
     return 8 * (MARK + risk + norms)
