@@ -159,6 +159,7 @@ class Fake:
         best = {"epoch": 1, "clean": {"accuracy": self.clean[args.learning_rate]}}
         options = {name: value for name, value in vars(args).items() if name not in run.NOT_DEFINING}
         known = {"best": best, "history": [], "steps": 1, "device": "cpu", "rose": None, "config": options}
+        known["versions"] = {"rose-peft commit": "abc1234"}
         (folder / "results.json").write_text(json.dumps(known))
 
     def measure(self, model_dir: Path, *arguments: Any) -> tuple[list[Row], dict[str, str]]:
@@ -233,6 +234,7 @@ def test_the_grid_says_how_float32_is_multiplied_and_each_result_what_the_machin
     assert set(seen) == {precision or "highest"} and torch.get_float32_matmul_precision() == "highest"
     (result,) = (tmp_path / "g" / "out" / "sst2" / "plain").glob("*.result.json")
     assert load_result(result).config["products"] == products
+    assert load_result(result).config["trained_with"] == {"rose-peft commit": "abc1234"}
     tried = json.loads((result.parent / "search.json").read_text())
     assert [entry["products"] for entry in tried] == [products, products]
 
