@@ -38,8 +38,16 @@ SCHEMA_VERSION = 2
 SUFFIX = ".result.json"
 
 _PACKAGES = (
-    *("rose-peft", "torch", "transformers", "peft", "accelerate"),
-    *("datasets", "textattack", "nltk", "numpy", "scipy"),
+    "rose-peft",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "textattack",
+    "nltk",
+    "numpy",
+    "scipy",
 )
 
 
