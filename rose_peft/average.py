@@ -38,6 +38,16 @@ class RiskFigures:
         return self.finite + self.skipped
 
 
+def owners_of(vectors: Tensor, sizes: Tensor) -> Tensor:
+    """The unit of each weight of the units that are vectors, int64 [V].
+
+    Args:
+        vectors: Whether a unit is one, bool [U].
+        sizes: Number of weights of each unit, int64 [U].
+    """
+    return vectors.nonzero().flatten().repeat_interleave(sizes[vectors])
+
+
 @dataclass(frozen=True)
 class RiskAverage:
     """

@@ -90,9 +90,7 @@ def _state_of(source: Source) -> SelectionState:
             "picture shows one: pass get_selector(model) while one trains, or an optimizer that ROSE acted on."
         )
     (values,) = found.values()
-    state = SelectionState(values["units"], owners=values.get("risk_owners"))
-    state.load(values)
-    return state
+    return SelectionState.saved(values)
 
 
 def _read(path: str) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .average import RiskAverage, RiskFigures
+from .average import RiskAverage, RiskFigures, owners_of
 from .decision import Decision
 from .errors import RoseError
 
@@ -125,20 +125,20 @@ class SelectionState:
     Args:
         names: Unit names, U of them.
         sizes: Number of weights of each unit; None for units of one weight each.
-        owners: The unit of each weight of the units whose gradients are averaged, int64 [V]; None for no unit.
+        vectors: Whether the gradients of a unit are averaged, [U]; None for no unit.
     """
 
-    def __init__(self, names: Sequence[str], sizes: Sequence[int] | None = None, owners: Tensor | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], sizes: Sequence[int] | None = None, vectors: Sequence[bool] | None = None
+    ) -> None:
         units = len(names)
         nan = float("nan")
-        if owners is None:
-            owners = torch.zeros(0, dtype=torch.int64, device="cpu")
-        average = RiskAverage.empty(units, owners)
         with torch.device("cpu"):  # whatever the default is
             self.values: dict[str, Any] = {
                 "version": VERSION,
                 "units": list(names),
                 "sizes": torch.tensor(list(sizes) if sizes is not None else [1] * units, dtype=torch.int64),
+                "vectors": torch.tensor(list(vectors) if vectors is not None else [False] * units, dtype=torch.bool),
                 "steps": torch.zeros((), dtype=torch.int64),
                 "skipped": torch.zeros((), dtype=torch.int64),
                 "whole": torch.zeros((), dtype=torch.int64),
@@ -153,19 +153,38 @@ class SelectionState:
                 "first_thresholds": torch.full((2,), nan, dtype=torch.float64),
                 "second_thresholds": torch.full((2,), nan, dtype=torch.float64),
                 "risk_scale": torch.full((), FIRST_RISK_SCALE, dtype=torch.float64),
-                "risk_linear": average.linear,
-                "risk_quadratic": average.quadratic,
-                "risk_gradients": average.gradients,
-                "risk_owners": average.owners,
                 "history": torch.zeros(HISTORY_LENGTH, units, dtype=torch.float32),
                 "history_stride": torch.ones((), dtype=torch.int64),
             }
+        self.owners = owners_of(self.vectors, self.sizes)
+        average = RiskAverage.empty(units, self.owners)
+        self.values |= {
+            "risk_linear": average.linear,
+            "risk_quadratic": average.quadratic,
+            "risk_gradients": average.gradients,
+        }
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["values"][name]
         except KeyError:
             raise AttributeError(f"{type(self).__name__} has no {name!r}") from None
+
+    @classmethod
+    def saved(cls, values: dict[str, Any]) -> SelectionState:
+        """The state that saved values are of.
+
+        Args:
+            values: What `values` held when it was saved.
+
+        Raises:
+            RoseError: If they are of another version.
+        """
+        if int(values.get("version", 0)) != VERSION:
+            raise _other_version(values)
+        state = cls(values["units"], values["sizes"].tolist(), values["vectors"].tolist())
+        state.load(values)
+        return state
 
     # Where it lives -------------------------------------------------------------------------------------------------
 
@@ -290,6 +309,9 @@ class SelectionState:
                 f"{odd}); resume with the config and the model that the checkpoint was made with."
             )
         tensors = {name: value for name, value in self.values.items() if isinstance(value, Tensor)}
+        if not torch.equal(values.get("vectors", self.vectors), self.vectors):
+            # Saved with the other kind of risk pass: gradients start from nothing.
+            del tensors["vectors"], tensors["risk_gradients"]
         if int(values.get("version", 0)) != VERSION:
             raise _other_version(values)
         for name, value in tensors.items():
@@ -311,11 +333,12 @@ class SelectionState:
         mine = [index for index, name in enumerate(self.units) if name in old]
         theirs = [old[self.units[index]] for index in mine]
         for name, value in self.values.items():
-            if not isinstance(value, Tensor) or name in ("sizes", "risk_owners"):
+            if not isinstance(value, Tensor) or name in ("sizes", "vectors"):
                 continue
             if name == "risk_gradients":
+                owners = owners_of(values["vectors"], values["sizes"])
                 for index, other in zip(mine, theirs, strict=True):
-                    here, there = self.risk_owners == index, values["risk_owners"] == other
+                    here, there = self.owners == index, owners == other
                     if here.sum() == there.sum():
                         value[here] = values[name][there]
                 continue
@@ -331,7 +354,7 @@ class SelectionState:
     @property
     def average(self) -> RiskAverage:
         """The average of sampled risk passes."""
-        return RiskAverage(self.risk_linear, self.risk_quadratic, self.risk_gradients, self.risk_owners)
+        return RiskAverage(self.risk_linear, self.risk_quadratic, self.risk_gradients, self.owners)
 
     def mask_history(self) -> tuple[Tensor, int]:
         """Mean masks over time.

@@ -13,7 +13,7 @@ from .engines.seam import Group
 from .norms import IndexedTensors
 from .risk import RiskWindow
 from .state import SelectionState
-from .units import LiveUnits, Unit, vector_owners
+from .units import LiveUnits, Unit
 from .watchdog import Watchdog
 
 
@@ -57,12 +57,12 @@ def steer(live: LiveUnits, host: nn.Module, known: dict[str, Steered]) -> dict[s
             found[name] = before
         elif units:
             sampled = config.needs_risk_pass and config.risk_pass == "sampled"
-            owners = vector_owners(units) if sampled else None
-            state = SelectionState(names, [unit.size() for unit in units], owners)
+            vectors = [sampled and unit.is_vector() for unit in units]
+            state = SelectionState(names, [unit.size() for unit in units], vectors)
             if before is not None and same:
                 state.continue_from(before.state.values)
             watchdog = Watchdog(host, names, config.dropout)
-            found[name] = Steered(name, config, units, state, RiskWindow(len(units), owners), watchdog)
+            found[name] = Steered(name, config, units, state, RiskWindow(len(units), state.owners), watchdog)
     return found
 
 

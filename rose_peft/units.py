@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
@@ -56,17 +55,6 @@ class Unit:
         """The tensors that train now; those of an inactive adapter do not."""
         found = (module._parameters.get(name) for module, name in self.slots)
         return [param for param in found if param is not None and param.requires_grad]
-
-
-def vector_owners(units: Sequence[Unit]) -> Tensor:
-    """The unit of each weight of those units that are one vector, int64 [V] on the CPU: norm weights, mostly.
-
-    Args:
-        units: All units.
-    """
-    vectors = [index for index, unit in enumerate(units) if unit.is_vector()]
-    sizes = torch.tensor([units[index].size() for index in vectors], dtype=torch.int64, device="cpu")
-    return torch.tensor(vectors, dtype=torch.int64, device="cpu").repeat_interleave(sizes)
 
 
 def is_weight(parameter_name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_passes_over_the_whole_batch_need_no_more_rows(more_rows: int, expected:
 
 def owners_of(model: nn.Module) -> tuple[list[str], list[int]]:
     units = get_selector(model).units
-    owners = get_selector(model).state.risk_owners
+    owners = get_selector(model).state.owners
     counts = torch.bincount(owners, minlength=len(units)).tolist()
     assert owners.tolist() == sorted(owners.tolist())
     return [unit.name for unit, count in zip(units, counts, strict=True) if count], [n for n in counts if n]
@@ -196,12 +197,12 @@ def test_adapters(base: PeftConfig, all_vectors: bool) -> None:
 
 def test_gradients_go_with_their_units() -> None:
     """As when adapters or layers come and go: "a" and "c" stay, "d" changes its size."""
-    before = SelectionState(["a", "b", "c", "d"], [2, 9, 1, 1], torch.tensor([0, 0, 2, 3]))
+    before = SelectionState(["a", "b", "c", "d"], [2, 9, 1, 1], [True, False, True, True])
     before.values["risk_gradients"].copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    after = SelectionState(["d", "c", "new", "a"], [2, 1, 1, 2], torch.tensor([0, 0, 1, 2, 3, 3]))
+    after = SelectionState(["d", "c", "new", "a"], [2, 1, 1, 2], [True] * 4)
     after.continue_from(before.values)
     assert after.risk_gradients.tolist() == [0, 0, 3, 0, 1, 2]
-    assert after.risk_owners.tolist() == [0, 0, 1, 2, 3, 3]
+    assert after.owners.tolist() == [0, 0, 1, 2, 3, 3]
 
 
 def test_micro_batches_are_averaged() -> None:
@@ -231,3 +232,25 @@ def test_how_many_more_rows_a_batch_has_is_counted_by_rows(size: int, expected: 
         model(**batch(model, size=size, seed=seed)).loss.backward()
     assert figures_of(selector).more_rows == pytest.approx(2 * expected)
     assert figures_of(selector).whole == (2 if size == 1 else 0) and figures_of(selector).finite == 2
+
+
+@pytest.mark.parametrize("to", ["sampled", "paired"])
+def test_a_checkpoint_of_the_other_risk_pass_goes_on(to: str) -> None:
+    """Its counts are taken over; the gradients of vectors, which one kind keeps and the other does not, are not."""
+    kinds: list[Literal["sampled", "paired"]] = ["paired", "sampled"] if to == "sampled" else ["sampled", "paired"]
+    saved: dict[str, Any] = {}
+    for kind in kinds:
+        model = tiny_bert()
+        selector = attach_rose(model, ROSEConfig(strategy="first_order", risk_pass=kind))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        if saved:
+            optimizer.load_state_dict(saved)
+        for seed in range(2):
+            model(**batch(model, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = optimizer.state_dict()
+    assert selector.statistics().steps == 4
+    assert len(selector.state.risk_gradients) == len(selector.state.owners)
+    assert bool(selector.state.vectors.any()) == (to == "sampled")
+    assert selector.state.last_mask.sum() < len(selector.units)

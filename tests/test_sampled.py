@@ -32,7 +32,6 @@ from rose_peft.config import RISK_SMOOTHING
 from rose_peft.outputs import logits_of
 from rose_peft.sampled import aside
 from rose_peft.selector import RoseSelector
-from rose_peft.units import vector_owners
 from tests.helpers.comparing import assert_same, everything
 from tests.helpers.tiny import SIZES, batch, tiny_bert
 from tests.helpers.window import figures_of
@@ -410,7 +409,7 @@ def recorded(model: nn.Module, steps: int, **fields: Any) -> tuple[RoseSelector,
 def test_masks_rank_the_average_of_all_passes_so_far() -> None:
     smoothing = 0.2
     selector, seen = recorded(tiny_bert(), 18, risk_interval=3, risk_smoothing=smoothing, upper_quantile=0.7)
-    expected = RiskAverage.empty(len(selector.units), vector_owners(selector.units))
+    expected = RiskAverage.empty(len(selector.units), selector.state.owners)
     sums = torch.zeros(len(selector.units), dtype=torch.float64)
     for number, (risk, average, mask) in enumerate(seen):
         assert (risk is not None) == (number % 3 == 0)

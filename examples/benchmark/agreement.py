@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, Scores, attach_rose, get_selector
-from rose_peft.average import RiskAverage, RiskFigures
+from rose_peft.average import RiskAverage, RiskFigures, owners_of
 from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
 from rose_peft.masks import quantile_band
 from rose_peft.risk import Call, Head, RiskWindow, paired_pass
 from rose_peft.sampled import aside, sampled_pass, take_sample
 from rose_peft.scores import Facts, Stepping
-from rose_peft.units import vector_owners
 
 Batch = dict[str, Tensor]
 PUBLISHED = "published draw"
@@ -146,7 +145,8 @@ def agreement_along(
     )
     selector = get_selector(model)
     units, head = len(selector.units), Head(model, "SEQ_CLS", None)
-    owners = vector_owners(selector.units)
+    vectors = torch.tensor([unit.is_vector() for unit in selector.units])
+    owners = owners_of(vectors, selector.state.sizes)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), 1e-6, weight_decay=0.01)
     found, averages = Agreement(), dict.fromkeys(SETTINGS, RiskAverage.empty(units, owners))
     compared = set(point_steps(steps, points))

@@ -88,7 +88,7 @@ def run(cell: Cell) -> dict[str, Any]:
             if param.requires_grad
         }
         result["steps"] = get_selector(model).statistics().steps
-        result["vectors"] = len(get_selector(model).state.risk_owners)
+        result["vectors"] = len(get_selector(model).state.owners)
     except Exception as error:
         result |= {"error": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}
     result["seconds"] = time.perf_counter() - start

@@ -177,7 +177,7 @@ class Watch:
             "wrong": self.wrong,
             "traffic": self.sent.bytes,
             "units": len(self.selector.units),
-            "vectors": len(self.selector.state.risk_owners),
+            "vectors": len(self.selector.state.owners),
             "weights": self.weights(),
             "statistics": self.selector.statistics().as_dict(),
         }
