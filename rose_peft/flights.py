@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch.optim import Optimizer
@@ -13,7 +12,7 @@ from .engines.seam import Turn
 from .errors import UnsupportedOptimizerError
 from .norms import IndexedTensors
 from .optimizers import owned_groups
-from .scores import Stepping, require_momentum
+from .scores import Starting, require_momentum
 from .state import Record
 from .steered import Steered
 from .update import Masked, MaskedStep
@@ -28,7 +27,7 @@ class Flight:
         masked: The parameters whose update is held back.
         loss_scale: Scale that the gradients still carry.
         decisions: For each adapter in it the decision, and (unit index, holder of a parameter) of what is stepped.
-        starting: What has no momentum yet and is not frozen, so that it must have one afterwards.
+        starting: What must have a momentum afterwards, and which.
         step: What acts on the call that runs now.
         turn: Which call that is.
         stepped: Whether the optimizer has taken it.
@@ -39,7 +38,7 @@ class Flight:
     masked: list[Masked]
     loss_scale: float
     decisions: list[tuple[Steered, Decision, IndexedTensors]]
-    starting: Sequence[Stepping] = ()
+    starting: Starting = field(default_factory=Starting)
     step: MaskedStep | None = None
     turn: Turn = field(default_factory=Turn)
     stepped: bool = False

@@ -122,6 +122,19 @@ def momentum_rule(optimizer: torch.optim.Optimizer, group: Group) -> MomentumRul
     return _lion(group) if rule is not None and "lion" in name.lower() else rule
 
 
+def is_guessed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the rule of an optimizer is read off the names of its settings and state alone.
+
+    Args:
+        optimizer: Any whose class is neither torch's own nor bitsandbytes' nor one with a registered rule.
+    """
+    known = ("torch.optim", "bitsandbytes.optim")
+    return not any(
+        cls in _RULES or (cls is not torch.optim.Optimizer and cls.__module__.startswith(known))
+        for cls in type(optimizer).__mro__
+    )
+
+
 def momentum_of(optimizer: torch.optim.Optimizer, part: Part, rule: MomentumRule) -> Tensor | None:
     """The momentum of a part of one parameter before the step, or None where the optimizer has no state for it yet.
 

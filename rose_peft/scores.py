@@ -12,7 +12,8 @@ from torch import Tensor
 from .engines.seam import Engine, Group, Part
 from .errors import UnsupportedOptimizerError
 from .masks import second_order_scores
-from .optimizers import MomentumRule, momentum_of, momentum_rule, no_momentum
+from .norms import local_part, norms_of, squares
+from .optimizers import MomentumRule, is_guessed, momentum_of, momentum_rule, no_momentum
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,29 @@ class SecondOrder:
         return scores, (momenta == 0) | (gradients == 0)
 
 
-def starting(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
+@dataclass(frozen=True)
+class Starting:
+    """Parameters whose momentum begins with the step under way, and what it should be.
+
+    Args:
+        entries: Parameters without momentum yet that are not frozen.
+        guessed: Those of them whose optimizer is taken for one of a kind by what its settings are called.
+        entering: Norm of their momentum after the step if it averages gradients, as shared out by the rule.
+        decaying: Norm of what weight decay may add to it.
+    """
+
+    entries: Sequence[Stepping] = ()
+    guessed: Sequence[Stepping] = ()
+    entering: float = 0.0
+    decaying: float = 0.0
+
+
+# A momentum that is so many times off is no average of gradients. Masks of a half, clipping inside the optimizer, and
+# gradients that it centres first stay well within.
+_FAR = 10.0
+
+
+def without_momentum(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
     """The parameters that have no momentum yet, of optimizers that keep one.
 
     Args:
@@ -167,22 +190,62 @@ def starting(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
     ]
 
 
-def require_momentum(stepping: Sequence[Stepping]) -> None:
-    """Refuse an optimizer that has stepped parameters and shows no momentum of them: none would ever be ranked.
+def starting(entries: Sequence[Stepping], loss_scale: float) -> Starting:
+    """What is known of momenta that begin with the coming step.
 
     Args:
-        stepping: Parameters that a step has just moved.
+        entries: The parameters without momentum that are not frozen.
+        loss_scale: Scale that the gradients still carry.
+    """
+    guessed = [entry for entry in entries if is_guessed(entry.optimizer)]
+    fresh = [entry.rule.fresh for entry in guessed]
+    decay = [factor * float(entry.group.get("weight_decay", 0)) for factor, entry in zip(fresh, guessed, strict=True)]
+    return Starting(
+        entries,
+        guessed,
+        _norm([entry.gradient for entry in guessed], fresh) / loss_scale,
+        _norm([entry.part.of(entry.part.holder) for entry in guessed], decay),
+    )
+
+
+def _norm(tensors: Sequence[Tensor], factors: Sequence[float]) -> float:
+    """Norm of many tensors taken as one vector, each multiplied with a factor; of shards the local part counts."""
+    if not tensors:
+        return 0.0
+    square = squares(norms_of(local_part(tensor.detach()) for tensor in tensors))
+    return float((square * square.new_tensor(factors).square()).sum().sqrt())
+
+
+def require_momentum(starting: Starting) -> None:
+    """Refuse an optimizer that has stepped parameters and shows no momentum of them, or none that averages gradients.
+
+    Of the first nothing would ever be ranked; beside the other's, gradients say nothing.
+
+    Args:
+        starting: What a step that was just taken began with.
 
     Raises:
         UnsupportedOptimizerError: Naming where it was looked for.
     """
-    for entry in stepping:
+    way_out = "with register_momentum_rule, or use torch.optim.AdamW, or strategy='first_order'."
+    for entry in starting.entries:
         if entry.momentum is None:
             raise UnsupportedOptimizerError(
                 f"{type(entry.optimizer).__name__} has stepped and shows no momentum of what it has stepped under "
                 f"state[parameter][{entry.rule.key!r}], so new gradients cannot be compared with it. Tell ROSE where "
-                "it is with register_momentum_rule, or use torch.optim.AdamW, or strategy='first_order'."
+                f"it is {way_out}"
             )
+    momenta = [momentum for entry in starting.guessed if (momentum := entry.momentum) is not None]
+    found = _norm(momenta, [1.0] * len(momenta))
+    # Zero: some only look at their first gradients. What weight decay adds may be all of it.
+    if found and not starting.entering / _FAR <= found <= _FAR * (starting.entering + starting.decaying):
+        entry = starting.guessed[0]
+        raise UnsupportedOptimizerError(
+            f"{type(entry.optimizer).__name__} does not average gradients under state[parameter][{entry.rule.key!r}]: "
+            f"after its first step the norm there is {found:.3g}, where gradients would have made "
+            f"{starting.entering:.3g}. Masks by second order and the ensemble would mean nothing. Tell ROSE how it "
+            f"keeps its momentum {way_out}"
+        )
 
 
 def fresh_factors(facts: Facts) -> Tensor:

@@ -26,7 +26,7 @@ from .hooks import ForwardHooks, unwatch_steps, watch_steps
 from .norms import IndexedTensors
 from .optimizers import loss_scale, only_makes_state, refuse_closure
 from .passes import Passes
-from .scores import Scores, SecondOrder, Stepping, starting
+from .scores import Scores, SecondOrder, Stepping, starting, without_momentum
 from .state import RoseStatistics, SelectionState
 from .steered import Adapters, Steered
 from .units import LiveUnits, Unit
@@ -202,16 +202,16 @@ class RoseSelector:
                 self.adapters[name].window.forget()
             return
         decisions: list[tuple[Steered, Decision, IndexedTensors]] = []
-        masked, without_momentum = [], []
+        masked, beginning = [], []
         for name, entries in stepping.items():
             steered = self.adapters[name]
             decision = self.decide(steered, self.gather(steered, entries, scale))
             self.processes.check_equal(steered.state.units, decision.masks, entries[0].param.device)
             masked += masked_parameters(decision.masks, entries)
             if decision.unmatched is not None and isinstance(self.scores.second_order, SecondOrder):
-                without_momentum += starting(entries, decision.unmatched & (decision.masks > 0))
+                beginning += without_momentum(entries, decision.unmatched & (decision.masks > 0))
             decisions.append((steered, decision, [(entry.index, entry.part.holder) for entry in entries]))
-        flight = Flight(weakref.ref(optimizer), masked, scale, decisions, without_momentum)
+        flight = Flight(weakref.ref(optimizer), masked, scale, decisions, starting(beginning, scale))
         self._flights.start(flight, optimizer, turn)
 
     def after_step(self, optimizer: Optimizer) -> None:
