@@ -16,7 +16,7 @@ STRATEGIES = ("first_order", "second_order", "ensemble")
 RISK_PASSES = ("paired", "sampled")
 ORIGINAL_WEIGHTS = ("keep", "cpu", "drop")
 GAMMA = 0.5
-RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 8, 0.25, 0.8
+RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING = 8, 0.25, 0.5
 HEADS = ("softmax", "multi_label", "regression", "causal")
 
 

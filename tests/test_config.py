@@ -169,7 +169,7 @@ def test_every_field_has_help_and_defaults_are_those_of_the_readme() -> None:
         "risk_pass": "paired",
         "risk_interval": 8,
         "risk_fraction": 0.25,
-        "risk_smoothing": 0.8,
+        "risk_smoothing": 0.5,
         "skip_frozen_gradients": False,
         "dropout": None,
         "head": None,

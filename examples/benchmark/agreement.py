@@ -50,7 +50,7 @@ DEFAULT = Setting(RISK_INTERVAL, RISK_FRACTION, RISK_SMOOTHING)
 SETTINGS = (
     Setting(1, 0.25, 0.0),
     Setting(8, 0.25, 0.0),
-    Setting(8, 0.25, 0.5),
+    Setting(8, 0.25, 0.8),
     DEFAULT,
     Setting(16, 0.25, 0.8),
     Setting(4, 0.25, 0.8),
