@@ -126,7 +126,7 @@ def is_guessed(optimizer: torch.optim.Optimizer) -> bool:
     """Whether the rule of an optimizer is read off the names of its settings and state alone.
 
     Args:
-        optimizer: Any whose class is neither torch's own nor bitsandbytes' nor one with a registered rule.
+        optimizer: Any; those of torch, of bitsandbytes and with a registered rule are known by their class.
     """
     known = ("torch.optim", "bitsandbytes.optim")
     return not any(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -157,19 +158,17 @@ class Starting:
 
     Args:
         entries: Parameters without momentum yet that are not frozen.
-        guessed: Those of them whose optimizer is taken for one of a kind by what its settings are called.
-        entering: Norm of their momentum after the step if it averages gradients, as shared out by the rule.
+        entering: Norm of their momentum after the step if it averages gradients, for those of guessed optimizers.
         decaying: Norm of what weight decay may add to it.
     """
 
     entries: Sequence[Stepping] = ()
-    guessed: Sequence[Stepping] = ()
     entering: float = 0.0
     decaying: float = 0.0
 
 
-# A momentum that is so many times off is no average of gradients. Masks of a half, clipping inside the optimizer, and
-# gradients that it centres first stay well within.
+# A momentum that is so many times off is no average of gradients. Masks of a half and gradients that the optimizer
+# centres or clips a little first stay within.
 _FAR = 10.0
 
 
@@ -197,15 +196,20 @@ def starting(entries: Sequence[Stepping], loss_scale: float) -> Starting:
         entries: The parameters without momentum that are not frozen.
         loss_scale: Scale that the gradients still carry.
     """
-    guessed = [entry for entry in entries if is_guessed(entry.optimizer)]
+    guessed = _guessed(entries)
     fresh = [entry.rule.fresh for entry in guessed]
-    decay = [factor * float(entry.group.get("weight_decay", 0)) for factor, entry in zip(fresh, guessed, strict=True)]
+    decay = [
+        factor * float(entry.group.get("weight_decay") or 0) for factor, entry in zip(fresh, guessed, strict=True)
+    ]
     return Starting(
         entries,
-        guessed,
         _norm([entry.gradient for entry in guessed], fresh) / loss_scale,
         _norm([entry.part.of(entry.part.holder) for entry in guessed], decay),
     )
+
+
+def _guessed(entries: Sequence[Stepping]) -> list[Stepping]:
+    return [entry for entry in entries if is_guessed(entry.optimizer)]
 
 
 def _norm(tensors: Sequence[Tensor], factors: Sequence[float]) -> float:
@@ -235,11 +239,13 @@ def require_momentum(starting: Starting) -> None:
                 f"state[parameter][{entry.rule.key!r}], so new gradients cannot be compared with it. Tell ROSE where "
                 f"it is {way_out}"
             )
-    momenta = [momentum for entry in starting.guessed if (momentum := entry.momentum) is not None]
+    guessed = _guessed(starting.entries)
+    momenta = [momentum for entry in guessed if (momentum := entry.momentum) is not None]
     found = _norm(momenta, [1.0] * len(momenta))
     # Zero: some only look at their first gradients. What weight decay adds may be all of it.
-    if found and not starting.entering / _FAR <= found <= _FAR * (starting.entering + starting.decaying):
-        entry = starting.guessed[0]
+    least, most = starting.entering / _FAR, _FAR * (starting.entering + starting.decaying)
+    if found and math.isfinite(starting.entering) and (found < least or found > most):  # not finite: says nothing
+        entry = guessed[0]
         raise UnsupportedOptimizerError(
             f"{type(entry.optimizer).__name__} does not average gradients under state[parameter][{entry.rule.key!r}]: "
             f"after its first step the norm there is {found:.3g}, where gradients would have made "

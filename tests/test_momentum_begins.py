@@ -94,6 +94,28 @@ def test_weight_decay_in_the_gradient_may_be_most_of_it() -> None:
         take_steps(lambda grad, param, step: grad + 100 * param, "second_order")
 
 
+def test_gradients_that_are_not_finite_say_nothing() -> None:
+    """Training is lost then, or about to be skipped, but not by how the optimizer averages."""
+    model = tiny_bert()
+    attach_rose(model, ROSEConfig(strategy="second_order"))
+    optimizer = ByName(model.parameters(), as_it_is)
+    backward(model, 0)
+    for param in model.parameters():
+        if param.grad is not None:
+            param.grad.fill_(float("nan"))
+    optimizer.step()
+
+
+def test_weight_decay_may_be_none() -> None:
+    """As some optimizers have it that can do without."""
+    model = tiny_bert()
+    attach_rose(model, ROSEConfig(strategy="second_order"))
+    optimizer = ByName(model.parameters(), as_it_is)
+    optimizer.param_groups[0]["weight_decay"] = None
+    backward(model, 0)
+    optimizer.step()
+
+
 def test_first_order_needs_no_momentum() -> None:
     """So it does not look at one."""
     take_steps(times(1e-6), "first_order")
