@@ -192,12 +192,15 @@ class Comparison:
         candidates = self.grid.candidates(found.task, found.method, found.seed)
         (winner, *others) = candidates
         if others:
-            tried = _read_list(file.parent / "search.json")
+            tried = _read_list(self._search_file(found.task, found.method))
             if not {str(each.searched) for each in candidates} <= {str(entry["searched"]) for entry in tried}:
                 raise InputError("the search of its method has not ended, so other settings may win.")
             winner = _best(tried, candidates)
         _same(file, found.config, self._config(winner))
         return True
+
+    def _search_file(self, task: str, method: str) -> Path:
+        return self._place(self.grid.searched_on(task), method) / "search.json"
 
     def _config(self, candidate: Candidate) -> dict[str, Any]:
         """Settings of a cell, by which its result is known again."""
@@ -210,10 +213,11 @@ class Comparison:
 
     def _search(self, task: str, method: str) -> dict[str, Any]:
         """Settings of highest clean accuracy with the first seed; each try is written down as soon as it is known."""
+        task = self.grid.searched_on(task)
         candidates = self.grid.candidates(task, method, self.grid.seeds[0])
         if len(candidates) == 1:
             return candidates[0].searched
-        file = self._place(task, method) / "search.json"
+        file = self._search_file(task, method)
         tried: list[dict[str, Any]] = _read_list(file)
         for candidate in candidates:
             known = [entry for entry in tried if entry["searched"] == candidate.searched]

@@ -29,6 +29,8 @@ TRAIN_TYPES = {option.name: str(option.type) for option in dataclasses.fields(Tr
 RESERVED = {"data_dir", "seed", "output_dir", "resume", "overwrite"}
 # What tasks alone decide.
 DATA = {"task", "train_file", "validation_file"}
+# An entry of a task that is no option of train.py: the task whose search it goes by.
+SETTINGS_OF = "settings_of"
 ENTRIES = "entries of its own"
 GRID_KINDS: dict[str, tuple[type, str]] = {
     "seeds": (list, "a list"),
@@ -144,7 +146,8 @@ class Grid:
         baseline: Method that the others are compared with.
         seeds: Training seeds.
         tasks: Task -> options of train.py for it. Other data than GLUE's have a name of their own, `train_file` and
-            `validation_file`, and as `task` the one of GLUE that has their columns and labels.
+            `validation_file`, and as `task` the one of GLUE that has their columns and labels. One with `settings_of`
+            searches nothing: each method has the settings there that it found on the task of that name.
         methods: Method -> its options, with `search` for settings of its own to try.
         common: Options of train.py for all.
         search: Option -> values to try, on the first seed, by clean accuracy alone.
@@ -168,7 +171,8 @@ class Grid:
     def candidates(self, task: str, method: str, seed: int) -> list[Candidate]:
         """Every setting that the search tries for a method on a task."""
         own = {name: value for name, value in self.methods[method].items() if name != "search"}
-        options = with_preset({**self.common, **self.tasks[task], **own})
+        of_task = {name: value for name, value in self.tasks[task].items() if name != SETTINGS_OF}
+        options = with_preset({**self.common, **of_task, **own})
         space = self.space(method)
         rows = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
         searched = [_typed(row, TRAIN_TYPES) for row in rows]
@@ -178,6 +182,10 @@ class Grid:
     def space(self, method: str) -> dict[str, list[Any]]:
         """What the search tries for a method: its own settings, or else those of the grid."""
         return self.methods[method].get("search", self.search)
+
+    def searched_on(self, task: str) -> str:
+        """The task whose search decides about the settings on a task: another where it says so, or itself."""
+        return self.tasks[task].get(SETTINGS_OF, task)
 
     def all_candidates(self) -> Iterator[Candidate]:
         """Every setting of every method on every task, with the first seed."""
@@ -228,7 +236,12 @@ def _check(grid: Grid) -> None:
                 )
     for name, options in grid.tasks.items():
         _known([options.get("task", name)], TASKS, "tasks")
-        _known(options, of_tasks, name)
+        _known(options, of_tasks | {SETTINGS_OF}, name)
+        source = grid.searched_on(name)
+        searching = [task for task, own in grid.tasks.items() if SETTINGS_OF not in own]
+        if SETTINGS_OF in options and source not in searching:
+            names = ", ".join(searching) or "another one"
+            raise InputError(f"grid: settings_of={source!r} of {name!r} is no task that searches; name {names}.")
         if "task" in options and "train_file" not in options:
             raise InputError(f"grid: task={options['task']!r} of {name!r} goes with a train_file and validation_file.")
     for name, options in grid.methods.items():

@@ -357,6 +357,13 @@ def test_a_truncated_result_is_named_and_kept(
             "method 'x' searches 4 settings and the baseline 2",
         ),
         ({"common": {"learning_rate": 7e-5}}, None),
+        ({"tasks": {"sst2": {"settings_of": "rte"}}}, "settings_of='rte' of 'sst2' is no task that searches"),
+        ({"tasks": {"sst2": {"settings_of": ["sst2"]}}}, "settings_of=['sst2'] of 'sst2' is no task"),
+        ({"tasks": {"sst2": {"settings_of": "sst2"}}}, "settings_of='sst2' of 'sst2' is no task that searches"),
+        (
+            {"tasks": {"sst2": {"settings_of": "rte"}, "rte": {"settings_of": "qnli"}, "qnli": {}}},
+            "settings_of='rte' of 'sst2' is no task that searches; name qnli.",
+        ),
         (
             {"methods": {"plain": {"strategy": "none", "learning_rate": 7e-5}}},
             "learning_rate of 'plain' is 7e-05 and searched too",
@@ -557,6 +564,31 @@ def test_masked_methods_may_search_their_quantile_at_each_learning_rate(
     assert [entry[0] for entry in fake.trained].count("ensemble") == 5  # four tries, and the second seed
     chosen = load_result(tmp_path / "g" / "out" / "sst2" / "ROSE" / "seed1.result.json").config["searched"]
     assert chosen == {"learning_rate": 3e-3, "upper_quantile": 0.4}
+
+
+def test_a_task_may_have_the_settings_that_another_one_found(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8})
+    glue = Path(inputs["data"]) / "glue" / "sst2"
+    files = {f"{name}_file": str(glue / f"{name}.parquet") for name in ("train", "validation")}
+    other = {"task": "sst2", **files, "settings_of": "sst2"}
+    grid = content(inputs, tasks={"other": other, "sst2": {}}, cost_rounds=0, seeds=[0])
+    grid["methods"] = {"plain": {"strategy": "none"}}
+    line = options(inputs, tmp_path / "g", grid)
+    assert compare.main([*line, "--tasks", "other"]) == 0
+    # Two tries on sst2 that its own cell has no need to repeat, and the winner on the other task.
+    assert fake.trained == [("none", 0, 1e-3), ("none", 0, 3e-3), ("none", 0, 3e-3)]
+    out = tmp_path / "g" / "out"
+    assert load_result(out / "other" / "plain" / "seed0.result.json").config["searched"] == {"learning_rate": 3e-3}
+    assert not (out / "other" / "plain" / "search.json").exists()
+    assert compare.main(line) == 0 and len(fake.trained) == 3
+    assert "2 runs: 1 method, 2 tasks" in (out / "report.md").read_text()
+    search = out / "sst2" / "plain" / "search.json"
+    tried = json.loads(search.read_text())
+    search.write_text(json.dumps([{**entry, "clean": 1 - entry["clean"]} for entry in tried]))
+    assert compare.main([*line, "--tasks", "other"]) == 2  # its result is of settings that won no longer
+    assert "learning_rate=0.003 in" in capsys.readouterr().err
 
 
 def test_a_preset_is_the_ground_that_other_options_stand_on(inputs: dict[str, str], tmp_path: Path) -> None:
