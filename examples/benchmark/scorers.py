@@ -5,13 +5,16 @@ What these found is in results/README.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rose_peft import Facts, FirstOrder, Scores, Stepping, get_selector
-from rose_peft.scores import fresh_factors
+from rose_peft import Facts, FirstOrder, ROSEConfig, Score, Scores, SecondOrder, Stepping, get_selector
+from rose_peft.scores import fresh_factors, rules_of
 
 
 class RandomScores:
@@ -62,10 +65,102 @@ class SizeNormalised(FirstOrder):
         return scores / facts.sizes.clamp(min=1).sqrt().to(facts.dtype), unranked
 
 
-VARIANTS: dict[str, Callable[[int], Scores]] = {
-    "random": lambda seed: Scores(second_order=RandomScores(seed)),
-    "momentum_change": lambda seed: Scores(second_order=MomentumChange()),
-    "size_normalised": lambda seed: Scores(first_order=SizeNormalised()),
+class Together:
+    """Scores units that belong together as if their tensors were one, so that they are frozen together.
+
+    Args:
+        score: What scores them.
+        group: Name of a unit -> what it shares with those it belongs to.
+    """
+
+    def __init__(self, score: Score, group: Callable[[str], str]) -> None:
+        self._score = score
+        self._group = group
+
+    def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
+        """Those of the score."""
+        return self._score.tensors(stepping)
+
+    def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
+        """Give each unit the norms, the risk and the size of its whole group."""
+        names = [self._group(name) for name in facts.units]
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        index = torch.tensor([places[name] for name in names])
+
+        def whole(values: Tensor) -> Tensor:
+            return values.new_zeros(len(places)).index_add(0, index, values)[index]
+
+        risk = None if facts.risk is None else whole(facts.risk)
+        return self._score.score(
+            [whole(norm.square()).sqrt() for norm in norms], replace(facts, risk=risk, sizes=whole(facts.sizes))
+        )
+
+
+def block_of(name: str) -> str:
+    """The repeated block that a unit lies in: its name up to the first number."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found.group() if found else name
+
+
+def kind_of(name: str) -> str:
+    """What a unit is in its block: its name without numbers."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+class ByWeight:
+    """Second order with each number of a tensor as a unit: freezes those far from their momentum, and no tensor.
+
+    It puts frozen numbers back after the step, for the selector knows whole tensors alone.
+
+    Args:
+        upper: Quantile of the scores of a tensor above which its numbers are frozen.
+    """
+
+    def __init__(self, upper: float) -> None:
+        self._upper = upper
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._hooked: list[torch.optim.Optimizer] = []
+
+    def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
+        """None: it looks at the numbers."""
+        return ()
+
+    def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
+        """Remember what is to be put back; no unit as a whole is ranked."""
+        rules = rules_of(facts.stepping)
+        for entry in facts.stepping:
+            momentum = entry.momentum
+            if momentum is None:
+                continue
+            ratio = rules[id(entry.group)].fresh / facts.loss_scale * entry.gradient.abs() / momentum.abs()
+            scores = (ratio - 1).abs().nan_to_num(0.0)  # 0 / 0: no gradient and no momentum
+            place = max(1, round(self._upper * scores.numel()))
+            frozen = scores > scores.flatten().kthvalue(place).values
+            weights = entry.param.detach()
+            self._before.append((weights, frozen, weights[frozen]))
+            if entry.optimizer not in self._hooked:
+                entry.optimizer.register_step_post_hook(self._put_back)
+                self._hooked.append(entry.optimizer)
+        count = len(facts.units)
+        return torch.zeros(count, dtype=facts.dtype), torch.ones(count, dtype=torch.bool)
+
+    def _put_back(self, *hook_arguments: Any) -> None:
+        for weights, frozen, before in self._before:
+            weights[frozen] = before
+        self._before.clear()
+
+
+def _together(group: Callable[[str], str]) -> Scores:
+    return Scores(first_order=Together(FirstOrder(), group), second_order=Together(SecondOrder(), group))
+
+
+VARIANTS: dict[str, Callable[[int, ROSEConfig], Scores]] = {
+    "random": lambda seed, config: Scores(second_order=RandomScores(seed)),
+    "momentum_change": lambda seed, config: Scores(second_order=MomentumChange()),
+    "size_normalised": lambda seed, config: Scores(first_order=SizeNormalised()),
+    "block_wise": lambda seed, config: _together(block_of),
+    "kind_wise": lambda seed, config: _together(kind_of),
+    "by_weight": lambda seed, config: Scores(second_order=ByWeight(config.upper_quantile)),
 }
 
 
@@ -77,4 +172,5 @@ def use_variant(model: nn.Module, name: str, seed: int) -> None:
         name: One of `VARIANTS`.
         seed: Seed of the run, for the variant that draws.
     """
-    get_selector(model).scores = VARIANTS[name](seed)
+    selector = get_selector(model)
+    selector.scores = VARIANTS[name](seed, selector.config)

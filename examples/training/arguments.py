@@ -26,6 +26,9 @@ VARIANT_STRATEGIES = {
     "random": ("second_order",),
     "momentum_change": ("second_order", "ensemble"),
     "size_normalised": ("first_order", "ensemble"),
+    "block_wise": ("first_order", "second_order", "ensemble"),
+    "kind_wise": ("first_order", "second_order", "ensemble"),
+    "by_weight": ("second_order",),
 }
 OBJECTIVES = ("cross_entropy", "two_pass", "r_drop", "fgm")
 # What each number must be, as (test, words for it); every one must be finite besides.
@@ -166,8 +169,9 @@ class TrainArguments:
         default=None,
         metadata={
             "choices": tuple(VARIANT_STRATEGIES),
-            "help": "Experiment: other scores in place of the strategy's own. random (with second_order), "
-            "momentum_change (second_order or ensemble) or size_normalised (first_order or ensemble).",
+            "help": "Experiment: other scores than the strategy's own. random or by_weight (with second_order), "
+            "momentum_change (second_order or ensemble), size_normalised (first_order or ensemble), block_wise or "
+            "kind_wise (any).",
         },
     )
     objective: str = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import optimizer_of, step
 
 pytest.importorskip("datasets")
-from examples.benchmark.scorers import MomentumChange, use_variant
+from examples.benchmark.scorers import MomentumChange, block_of, kind_of, use_variant
 
 
 def build(strategy: str, variant: str | None, seed: int = 0, **options: float) -> nn.Module:
@@ -93,3 +94,54 @@ def test_another_adapter_is_steered_by_the_same_variant() -> None:
     model.add_adapter("two", ROSEConfig(task_type="SEQ_CLS", strategy="second_order", upper_quantile=0.4))
     model.set_adapter("two")
     assert get_selector(model).scores is variant and get_selector(model).config.upper_quantile == 0.4
+
+
+@pytest.mark.parametrize(("variant", "group"), [("block_wise", block_of), ("kind_wise", kind_of)])
+def test_what_belongs_together_is_scored_as_one_tensor_and_frozen_together(
+    variant: str, group: Callable[[str], str]
+) -> None:
+    scores: dict[str | None, tuple[Tensor, Tensor]] = {}
+    for name in (None, variant):
+        model = build("ensemble", name, warmup_steps=99)  # masks 1, so that both see the same gradients
+        masks_of(model, steps=3)
+        state = get_selector(model).state
+        scores[name] = state.first_scores.clone(), state.second_scores.clone()
+    names = [unit.name for unit in get_selector(model).units]
+    groups = [group(name) for name in names]
+    assert 1 < len(set(groups)) < len(names)
+    (first, _), (first_together, second_together) = scores[None], scores[variant]
+    for one in set(groups):
+        members = torch.tensor([each == one for each in groups])
+        torch.testing.assert_close(first_together[members], first[members].norm().expand(int(members.sum())))
+        assert second_together[members].unique().numel() == 1
+    masks = masks_of(build("second_order", variant, upper_quantile=0.4))[1:]
+    for one in set(groups):
+        members = [at for at, each in enumerate(groups) if each == one]
+        assert (masks[:, members] == masks[:, members[:1]]).all()
+    assert 0 < masks.mean() < 1
+
+
+def test_blocks_and_kinds_are_told_by_names() -> None:
+    assert block_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.11"
+    assert block_of("mlp.experts.3.layers.2.w.weight") == "mlp.experts.3"
+    assert kind_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.*.output.dense.weight"
+    assert block_of("head.weight") == kind_of("head.weight") == "head.weight"
+
+
+def test_by_weight_freezes_the_numbers_that_are_far_from_their_momentum() -> None:
+    model = build("second_order", "by_weight", upper_quantile=0.6)
+    selector = get_selector(model)
+    optimizer = optimizer_of(model)
+    step(model, optimizer, batch(model, seed=0))  # momenta begin: nothing to compare with
+    params = [param for unit in selector.units for param in unit.parameters()]
+    before = [(param.detach().clone(), optimizer.state[param]["exp_avg"].clone()) for param in params]
+    gradients: list[Tensor] = []
+    handle = optimizer.register_step_pre_hook(lambda *_: gradients.extend(param.grad.clone() for param in params))
+    mask = step(model, optimizer, batch(model, seed=1))
+    handle.remove()
+    assert (mask == 1).all()  # no unit as a whole
+    for param, (old, momentum), gradient in zip(params, before, gradients, strict=True):
+        scores = (0.1 * gradient.abs() / momentum.abs() - 1).abs()
+        far = scores > scores.flatten().sort().values[round(0.6 * scores.numel()) - 1]
+        assert 0.3 < far.float().mean() < 0.5
+        assert torch.equal(param[far], old[far]) and (param[~far] != old[~far]).float().mean() > 0.9
