@@ -175,6 +175,8 @@ _FAR = 10.0
 def without_momentum(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
     """The parameters that have no momentum yet, of optimizers that keep one.
 
+    One of zeros is none either: some look at their first gradients only, and begin with a later step.
+
     Args:
         stepping: The parameters of units that have a gradient.
         stepped: The units to look at, bool [U].
@@ -185,8 +187,13 @@ def without_momentum(stepping: Sequence[Stepping], stepped: Tensor) -> list[Step
         for entry in stepping
         if entry.index in chosen
         and momentum_rule(entry.optimizer, entry.group) is not None  # scores of users may do without
-        and entry.momentum is None
+        and _is_nothing(entry)
     ]
+
+
+def _is_nothing(entry: Stepping) -> bool:
+    momentum = entry.momentum
+    return momentum is None or (is_guessed(entry.optimizer) and not bool(local_part(momentum).any()))
 
 
 def starting(entries: Sequence[Stepping], loss_scale: float) -> Starting:
@@ -242,13 +249,13 @@ def require_momentum(starting: Starting) -> None:
     guessed = _guessed(starting.entries)
     momenta = [momentum for entry in guessed if (momentum := entry.momentum) is not None]
     found = _norm(momenta, [1.0] * len(momenta))
-    # Zero: some only look at their first gradients. What weight decay adds may be all of it.
+    # Zero: it begins with a later step. What weight decay adds may be all of it.
     least, most = starting.entering / _FAR, _FAR * (starting.entering + starting.decaying)
     if found and math.isfinite(starting.entering) and (found < least or found > most):  # not finite: says nothing
         entry = guessed[0]
         raise UnsupportedOptimizerError(
             f"{type(entry.optimizer).__name__} does not average gradients under state[parameter][{entry.rule.key!r}]: "
-            f"after its first step the norm there is {found:.3g}, where gradients would have made "
+            f"after the step that it begins with the norm there is {found:.3g}, where gradients would have made "
             f"{starting.entering:.3g}. Masks by second order and the ensemble would mean nothing. Tell ROSE how it "
             f"keeps its momentum {way_out}"
         )

@@ -62,7 +62,12 @@ def watching_first(grad: Tensor, param: Tensor, step: int) -> Tensor:
     return torch.zeros_like(grad) if step == 1 else grad
 
 
-def take_steps(kept: Kept, strategy: str, steps: int = 2, **options: float) -> None:
+def normalised_later(grad: Tensor, param: Tensor, step: int) -> Tensor:
+    """ADOPT takes the first gradients to scale the next ones by, and averages updates from then on."""
+    return torch.zeros_like(grad) if step == 1 else normalised(grad, param, step)
+
+
+def take_steps(kept: Kept, strategy: str, steps: int = 3, **options: float) -> None:
     model = tiny_bert()
     attach_rose(model, ROSEConfig(strategy=strategy, upper_quantile=0.5))
     optimizer = ByName(model.parameters(), kept, **options)
@@ -78,6 +83,12 @@ def test_what_does_not_average_gradients_is_refused_after_its_first_step(kept: K
     """The error names the optimizer, where it was looked for and the ways out."""
     with pytest.raises(UnsupportedOptimizerError, match=r"ByName does not average.*exp_avg.*register_momentum_rule"):
         take_steps(kept, strategy, steps=1)
+
+
+def test_what_begins_later_is_looked_at_when_it_begins() -> None:
+    take_steps(normalised_later, "second_order", steps=1)
+    with pytest.raises(UnsupportedOptimizerError, match="ByName does not average"):
+        take_steps(normalised_later, "second_order", steps=2)
 
 
 @pytest.mark.parametrize("strategy", ["second_order", "ensemble"])
