@@ -287,9 +287,13 @@ class TrainArguments:
             InputError: Naming the option and what it needs.
         """
         for name in given:
-            has_effect, words = HAS_EFFECT.get(name, (lambda args: True, ""))
-            if not has_effect(self):
+            if not self.has_effect(name):
+                words = HAS_EFFECT[name][1]
                 raise InputError(f"{name}={getattr(self, name)!r} has no effect without {words}; leave it out.")
+
+    def has_effect(self, name: str) -> bool:
+        """Whether an option does anything beside the others."""
+        return name not in HAS_EFFECT or HAS_EFFECT[name][0](self)
 
     @property
     def is_demo(self) -> bool:

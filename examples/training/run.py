@@ -292,7 +292,8 @@ def train_once(args: TrainArguments) -> dict[str, Any]:
     for name, made_with in results["config"].items():
         wanted = getattr(args, name, made_with)
         # Without an option of its own the precision is what accelerate was told, which is known to a run only.
-        if wanted != made_with and not (name == "mixed_precision" and wanted is None):
+        told = name == "mixed_precision" and wanted is None
+        if wanted != made_with and not told and args.has_effect(name):  # a default that changed may mean nothing here
             raise InputError(
                 f"{name}={wanted!r}, but the run in {str(folder)!r} was made with {made_with!r}; delete that folder "
                 "or pass another."

@@ -133,6 +133,24 @@ def test_what_is_done_is_not_done_again(
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
 
 
+def test_a_run_stays_good_when_a_default_changes_that_has_no_effect_in_it(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Fake(monkeypatch, {5e-5: 0.6})
+    line = options(inputs, tmp_path / "g", content(inputs, seeds=[0], search={}, cost_rounds=0))
+    assert compare.main(line) == 0
+    monkeypatch.setattr(run, "train", None)
+    for method in ("plain", "ROSE"):
+        file = tmp_path / "g" / "runs" / "sst2" / method / "seed0" / "results.json"
+        old = json.loads(file.read_text())
+        old["config"]["gamma"] = 0.3
+        file.write_text(json.dumps(old))
+        (tmp_path / "g" / "out" / "sst2" / method / "seed0.result.json").unlink()
+    assert compare.main(line) == 1
+    error = capsys.readouterr().err
+    assert "sst2, ROSE, seed 0: gamma=0.5, but the run in" in error and "plain" not in error
+
+
 def read_grid_of(grid: dict[str, Any], folder: Path) -> Grid:
     (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     return read_grid(folder / "grid.yaml")
