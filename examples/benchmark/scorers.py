@@ -85,7 +85,7 @@ class Together:
         """Give each unit the norms, the risk and the size of its whole group."""
         names = [self._group(name) for name in facts.units]
         places = {name: place for place, name in enumerate(dict.fromkeys(names))}
-        index = torch.tensor([places[name] for name in names])
+        index = torch.tensor([places[name] for name in names], device="cpu")
 
         def whole(values: Tensor) -> Tensor:
             return values.new_zeros(len(places)).index_add(0, index, values)[index]
@@ -104,13 +104,13 @@ def block_of(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """What a unit is in its block: its name without numbers."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 class ByWeight:
     """Second order with each number of a tensor as a unit: freezes those far from their momentum, and no tensor.
 
-    It puts frozen numbers back after the step, for the selector knows whole tensors alone.
+    It puts frozen numbers back after the step, for the selector knows whole tensors alone; their momenta go on.
 
     Args:
         upper: Quantile of the scores of a tensor above which its numbers are frozen.
@@ -128,6 +128,7 @@ class ByWeight:
     def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
         """Remember what is to be put back; no unit as a whole is ranked."""
         rules = rules_of(facts.stepping)
+        self._before.clear()  # of a step that raised
         for entry in facts.stepping:
             momentum = entry.momentum
             if momentum is None:

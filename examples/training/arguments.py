@@ -19,6 +19,7 @@ from rose_peft.robustness.loading import folder_lack
 from .presets import PRESETS, with_preset
 
 STRATEGIES = ("none", "first_order", "second_order", "ensemble")
+RISKY = ("first_order", "ensemble")  # those that look at the dropout divergence
 PRECISIONS = ("no", "bf16", "fp16")
 SCHEDULERS = ("linear", "cosine", "constant_with_warmup")
 # Variants of the scores (benchmark/scorers.py), and the strategies whose scores they replace.
@@ -58,11 +59,16 @@ HAS_EFFECT = {
     "r_drop_alpha": (lambda args: args.objective == "r_drop", "--objective r_drop"),
     "gamma": (lambda args: args.strategy == "ensemble", "--strategy ensemble"),
     **dict.fromkeys(
-        (
-            *("upper_quantile", "lower_quantile", "rose_warmup_steps", "dropout"),
-            *("risk_pass", "risk_interval", "risk_fraction", "risk_smoothing"),
-        ),
+        ("upper_quantile", "lower_quantile", "rose_warmup_steps", "dropout"),
         (lambda args: args.strategy != "none", "a strategy of ROSE"),
+    ),
+    "risk_pass": (lambda args: args.strategy in RISKY, "--strategy first_order or ensemble"),
+    **dict.fromkeys(
+        ("risk_interval", "risk_fraction", "risk_smoothing"),
+        (
+            lambda args: args.strategy in RISKY and args.risk_pass == "sampled",
+            "--risk_pass sampled and --strategy first_order or ensemble",
+        ),
     ),
     **dict.fromkeys(
         ("label_column", "robust_files", "preset"),

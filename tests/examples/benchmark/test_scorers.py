@@ -125,6 +125,7 @@ def test_blocks_and_kinds_are_told_by_names() -> None:
     assert block_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.11"
     assert block_of("mlp.experts.3.layers.2.w.weight") == "mlp.experts.3"
     assert kind_of("bert.encoder.layer.11.output.dense.weight") == "bert.encoder.layer.*.output.dense.weight"
+    assert kind_of("layers.3.0.weight") == "layers.*.*.weight"
     assert block_of("head.weight") == kind_of("head.weight") == "head.weight"
 
 
