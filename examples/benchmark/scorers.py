@@ -113,11 +113,11 @@ class ByWeight:
     It puts frozen numbers back after the step, for the selector knows whole tensors alone; their momenta go on.
 
     Args:
-        upper: Quantile of the scores of a tensor above which its numbers are frozen.
+        config: Whose `upper_quantile` of the scores of a tensor its numbers are frozen above, after `warmup_steps`.
     """
 
-    def __init__(self, upper: float) -> None:
-        self._upper = upper
+    def __init__(self, config: ROSEConfig) -> None:
+        self._config = config
         self._before: list[tuple[Tensor, Tensor, Tensor]] = []
         self._hooked: list[torch.optim.Optimizer] = []
 
@@ -131,11 +131,11 @@ class ByWeight:
         self._before.clear()  # of a step that raised
         for entry in facts.stepping:
             momentum = entry.momentum
-            if momentum is None:
+            if momentum is None or facts.steps < self._config.warmup_steps:
                 continue
             ratio = rules[id(entry.group)].fresh / facts.loss_scale * entry.gradient.abs() / momentum.abs()
-            scores = (ratio - 1).abs().nan_to_num(0.0)  # 0 / 0: no gradient and no momentum
-            place = max(1, round(self._upper * scores.numel()))
+            scores = (ratio - 1).abs().nan_to_num(0.0, posinf=0.0)  # no momentum: nothing to compare with
+            place = max(1, round(self._config.upper_quantile * scores.numel()))
             frozen = scores > scores.flatten().kthvalue(place).values
             weights = entry.param.detach()
             self._before.append((weights, frozen, weights[frozen]))
@@ -161,7 +161,7 @@ VARIANTS: dict[str, Callable[[int, ROSEConfig], Scores]] = {
     "size_normalised": lambda seed, config: Scores(first_order=SizeNormalised()),
     "block_wise": lambda seed, config: _together(block_of),
     "kind_wise": lambda seed, config: _together(kind_of),
-    "by_weight": lambda seed, config: Scores(second_order=ByWeight(config.upper_quantile)),
+    "by_weight": lambda seed, config: Scores(second_order=ByWeight(config)),
 }
 
 

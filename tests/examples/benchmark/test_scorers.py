@@ -129,6 +129,18 @@ def test_blocks_and_kinds_are_told_by_names() -> None:
     assert block_of("head.weight") == kind_of("head.weight") == "head.weight"
 
 
+def test_by_weight_waits_for_the_end_of_the_warm_up() -> None:
+    model = build("second_order", "by_weight", warmup_steps=3)
+    optimizer = optimizer_of(model)
+    params = [param for unit in get_selector(model).units for param in unit.parameters()]
+    moved = []
+    for seed in range(5):
+        before = [param.detach().clone() for param in params]
+        step(model, optimizer, batch(model, seed=seed))
+        moved.append(min(float((param != old).float().mean()) for param, old in zip(params, before, strict=True)))
+    assert min(moved[:3]) > 0.9 and max(moved[3:]) < 0.8
+
+
 def test_by_weight_freezes_the_numbers_that_are_far_from_their_momentum() -> None:
     model = build("second_order", "by_weight", upper_quantile=0.6)
     selector = get_selector(model)
