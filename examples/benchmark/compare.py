@@ -30,7 +30,7 @@ from datasets import disable_progress_bars
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging
 
-from examples.training.arguments import InputError, TrainArguments, reason
+from examples.training.arguments import DivergedError, InputError, TrainArguments, reason
 from examples.training.data import load_text
 from examples.training.model import build_model
 from examples.training.run import make_optimizer, tokenize, train_once
@@ -225,7 +225,11 @@ class Comparison:
                 _same(file, {"options": known[0]["options"]}, {"options": candidate.options})
                 continue
             print(f"{task}, {method}, search: {candidate.name}", flush=True)
-            clean = self._trained(candidate)["best"]["clean"]["accuracy"]
+            clean = None
+            try:
+                clean = self._trained(candidate)["best"]["clean"]["accuracy"]
+            except DivergedError as error:  # a try like any other, which does not win
+                print(f"{task}, {method}, search: {candidate.name}: {error}", file=sys.stderr)
             entry = {"searched": candidate.searched, "options": candidate.options, "clean": clean}
             tried.append({**entry, "products": _products()})
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -299,9 +303,16 @@ def _products() -> str:
 
 
 def _best(tried: list[dict[str, Any]], candidates: list[Candidate]) -> Candidate:
-    """The candidate of highest clean accuracy; of equal ones the first in the grid, whichever was tried first."""
+    """The candidate of highest clean accuracy; of equal ones the first in the grid, whichever was tried first.
+
+    Raises:
+        InputError: If training diverged with each of them.
+    """
     clean = {str(entry["searched"]): entry["clean"] for entry in tried}
-    return max(candidates, key=lambda candidate: clean[str(candidate.searched)])
+    learnt = [candidate for candidate in candidates if clean[str(candidate.searched)] is not None]
+    if not learnt:
+        raise InputError("training diverged with every setting of the search; lower its learning rates.")
+    return max(learnt, key=lambda candidate: clean[str(candidate.searched)])
 
 
 def _chosen(option: str, asked: list[Any], there: list[Any]) -> list[Any]:

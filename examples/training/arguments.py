@@ -81,6 +81,10 @@ class InputError(ValueError):
     """Something the user passed cannot work; the message names it, its value and the way out."""
 
 
+class DivergedError(InputError):
+    """The loss of a training run is no number any more."""
+
+
 def reason(error: BaseException) -> str:
     """First line of an error of a library, to quote in an `InputError`."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

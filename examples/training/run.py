@@ -26,7 +26,7 @@ from examples.benchmark.objectives import make_objective
 from rose_peft import RoseError, get_selector, plot_masks, update_model_card
 from rose_peft.robustness.results import installed_versions, write_json
 
-from .arguments import InputError, TrainArguments, reason
+from .arguments import DivergedError, InputError, TrainArguments, reason
 from .checkpoint import NOTE, Checkpoints, keep_model, open_run, whole_file
 from .data import TextData, load_text
 from .evaluation import accuracy
@@ -139,6 +139,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
 
     Raises:
         InputError: If an option cannot work.
+        DivergedError: If the loss becomes no number.
         RoseError: If ROSE cannot act.
     """
     folder = Path(args.output_dir)
@@ -229,7 +230,7 @@ def train(args: TrainArguments, text: TextData) -> dict[str, Any]:
                     start = time.perf_counter()
             progress.seconds += time.perf_counter() - start
             if not math.isfinite(progress.loss_sum):
-                raise InputError(
+                raise DivergedError(
                     f"learning_rate={args.learning_rate}: the loss is no number any more after {progress.step} steps: "
                     "training diverged; lower it, or raise --warmup_ratio."
                 )

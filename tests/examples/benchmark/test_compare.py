@@ -26,7 +26,7 @@ pytest.importorskip("datasets")
 from examples.benchmark import compare, measure  # noqa: E402
 from examples.benchmark.grid import Evaluation, Grid, read_grid  # noqa: E402
 from examples.training import run  # noqa: E402
-from examples.training.arguments import InputError  # noqa: E402
+from examples.training.arguments import DivergedError, InputError  # noqa: E402
 
 ATTACKED = find_spec("textattack") is not None and "NLTK_DATA" in os.environ
 
@@ -198,6 +198,28 @@ def test_the_search_keeps_the_best_by_clean_accuracy_for_every_seed(
     ]
     chosen = load_result(tmp_path / "g" / "out" / "sst2" / "ROSE" / "seed1.result.json").config
     assert chosen["searched"] == {"learning_rate": 3e-3} and chosen["options"]["learning_rate"] == 3e-3
+
+
+def test_a_setting_that_diverges_does_not_win_and_the_search_goes_on(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.5})
+
+    def train(args: Any, text: None) -> None:
+        if args.learning_rate == 1e-3 or args.strategy == "none":
+            raise DivergedError("training diverged")
+        Fake.train(fake, args, text)
+
+    monkeypatch.setattr(run, "train", train)
+    line = options(inputs, tmp_path / "g", content(inputs, seeds=[0], cost_rounds=0))
+    assert compare.main(line) == 1
+    found = figures(tmp_path / "g")
+    assert [entry["clean"] for entry in found["sst2/ROSE/search.json"]] == [None, 0.5]
+    assert load_result(tmp_path / "g/out/sst2/ROSE/seed0.result.json").config["searched"] == {"learning_rate": 3e-3}
+    errors = capsys.readouterr().err
+    assert "sst2, plain, seed 0: training diverged with every setting of the search; lower its learning" in errors
+    monkeypatch.setattr(run, "train", None)
+    assert compare.main(line) == 1  # what diverged is not trained again
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(
