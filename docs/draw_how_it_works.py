@@ -62,7 +62,7 @@ def picture() -> str:
         arrow(110, 88, 110, 148),
         text(118, 122, "some or all rows", 11, "start"),
         text(395, 28, "a score per unit, small = robust", 15, weight="bold"),
-        text(305, 52, "second order: new gradient against the momentum", 12, "start"),
+        text(305, 52, "second order: length of the new gradient beside the momentum", 12, "start"),
         *bars(310, 60, SECOND),
         text(305, 158, "first order: gradient of the divergence of both answers", 12, "start"),
         *bars(310, 166, FIRST),

@@ -1,4 +1,4 @@
-"""ROSE over LoRA on a base of 4 bits (QLoRA), with an optimizer of 8 bits; needs pip install 'rose-peft[quantized]'.
+"""ROSE over LoRA on a base of 4 bits (QLoRA), with an optimizer of 8 bits; needs pip install '.[quantized]'.
 
     python examples/qlora.py --model Qwen/Qwen2.5-0.5B --output_dir runs/qlora
 

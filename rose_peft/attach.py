@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import nn
 
@@ -14,6 +16,9 @@ from .scores import Scores
 from .selector import RoseSelector, find_selector
 from .tuner import ROSEModel, own_copy, refuse_quantized
 from .units import find_units
+
+# What a PEFT config notes of where an adapter comes from, and modules that are spelled out when it is made.
+_NOTES = {"base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version", "target_modules"}
 
 
 def attach_rose(
@@ -29,9 +34,9 @@ def attach_rose(
 
     Args:
         model: A PeftModel with a trainable adapter, or any model. Must not be wrapped by DDP or FSDP yet.
-        config: Settings. Over an adapter its modules are the units: `base_config` is not needed, `target_modules` and
-            `exclude_modules` are refused. A plain model trains in place, with `target_modules` as units and
-            `modules_to_save` left unmasked. Never written to.
+        config: Settings. Over an adapter its modules are the units: `base_config` is not needed, and may say nothing
+            else than the adapter's own config; `target_modules` and `exclude_modules` are refused. A plain model
+            trains in place, with `target_modules` as units and `modules_to_save` left unmasked. Never written to.
         scores: What units are ranked by, in place of ROSE's own scores; see `Scores`.
         process_group: The processes that train this model, where no engine around it (DDP, FSDP2, ZeRO) tells.
 
@@ -47,6 +52,14 @@ def attach_rose(
     """
     over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
     _check_config(config, over_adapter)
+    if config.base_config is not None:
+        _check_base_config(model, config.base_config)
+    copies = isinstance(model, PeftModel) and isinstance(model.base_model, ROSEModel)
+    if config.original_weights != "keep" and not copies:
+        raise RoseConfigError(
+            f"original_weights={config.original_weights!r} has no effect in attach_rose, which trains the model as it "
+            "is and copies no weights; leave it out, or use get_peft_model(model, config)."
+        )
     config = own_copy(config)
     if not over_adapter:
         refuse_quantized(model)
@@ -74,6 +87,32 @@ def _check_config(config: ROSEConfig, over_adapter: bool) -> None:
             raise RoseConfigError(
                 f"{name}={value!r} has no effect in attach_rose on this model ({instead}); leave it out."
             )
+
+
+def _check_base_config(model: nn.Module, wanted: PeftConfig) -> None:
+    """Refuse a `base_config` that says something else than the adapter there, which stays as it is."""
+    adapters = getattr(model, "peft_config", None)
+    if not isinstance(adapters, dict):  # layers without a tuner around them: nothing tells what made them
+        return
+    for own in adapters.values():
+        if type(own) is not type(wanted):
+            differing = [f"{type(wanted).__name__} differs from the adapter's {type(own).__name__}"]
+        else:
+            # Of what was set. Modules are spelled out when an adapter is made, and PEFT writes notes of its own.
+            differing = [
+                f"{field.name}={value!r} differs from the adapter's {getattr(own, field.name)!r}"
+                for field in fields(wanted)
+                if field.name not in _NOTES
+                and isinstance(value := getattr(wanted, field.name), (bool, int, float, str))
+                and value != (None if field.default is MISSING else field.default)
+                and value != getattr(own, field.name)
+            ]
+        if not differing:
+            return
+    raise RoseConfigError(
+        f"base_config: {differing[0]}, and attach_rose leaves an adapter as it is; leave base_config out, "
+        "or make the adapter by get_peft_model(model, config)."
+    )
 
 
 def _check_saved(model: PeftModel, config: ROSEConfig) -> None:

@@ -35,7 +35,7 @@ _PATCHED = "_rose_writes_cards"
 _LOADING_ROSE = """\
 ### Loading this adapter
 
-PEFT knows the adapter type `ROSE` only after `import rose_peft` (`pip install rose-peft`); without it loading ends in
+PEFT knows the adapter type `ROSE` only after `import rose_peft` (of the package rose-peft); without it loading ends in
 `KeyError: 'ROSE'`.
 
 ```python

