@@ -26,13 +26,15 @@ class Homes:
     def __init__(self, model: nn.Module) -> None:
         self._owner = type(model).__name__
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # By adapter: the optimizer that its state came into last.
+        self._latest: dict[str, tuple[weakref.ref[Optimizer], SelectionState]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return {"_owner": self._owner}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._optimizers = weakref.WeakSet()
+        self._optimizers, self._latest = weakref.WeakSet(), {}
 
     @staticmethod
     def has_saved(optimizer: Optimizer) -> bool:
@@ -70,7 +72,16 @@ class Homes:
             if id(param) in groups:
                 state.adopt(groups[id(param)], f"{self._owner}.{adapter}@{places[id(param)]}")
                 self._optimizers.add(optimizer)
+                self._latest[adapter] = weakref.ref(optimizer), state
                 return
+
+    def follow(self) -> None:
+        """Let states start anew whose optimizer was put back to before its first step, as learning rate finders do."""
+        for adapter, (reference, state) in list(self._latest.items()):
+            optimizer = reference()
+            if optimizer is not None and not optimizer.state and not self.has_saved(optimizer):
+                state.start_anew()
+                del self._latest[adapter]
 
     def leave(self, states: Iterable[SelectionState]) -> None:
         """Take states out of all optimizers, so that nobody takes them for a checkpoint's.
@@ -78,6 +89,7 @@ class Homes:
         Args:
             states: Those of the model.
         """
+        self._latest.clear()
         groups = [group for optimizer in list(self._optimizers) for group in whole_groups(optimizer)]
         for state in states:
             for group in groups:

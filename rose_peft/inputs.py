@@ -113,16 +113,22 @@ class Rows:
 
 
 def take_rows(
-    args: tuple[Any, ...], kwargs: dict[str, Any], fraction: float, results: Sequence[int] = (), times: int = 1
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    fraction: float,
+    results: Sequence[int] = (),
+    times: int = 1,
+    least: int = 1,
 ) -> Rows:
     """Take a share of a batch's rows.
 
     Args:
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments.
-        fraction: Share of the rows, in (0, 1]; one row at least.
+        fraction: Share of the rows, in (0, 1].
         results: Number of rows of each result of the call; without any the inputs tell.
         times: How often to take them, all of them one time after the other.
+        least: Fewest rows to take, where there are as many.
     """
     count = results[0] if results else row_count(args, kwargs)
     parts = [_part_of(value, count, name) for name, value in _named(args, kwargs)] if count else []
@@ -130,7 +136,7 @@ def take_rows(
     # A single row, such as a packed one, cannot be taken apart either; all of several rows are what was asked for.
     if count is None or not apart or (count == 1 and fraction < 1):
         return Rows(args, kwargs, None)
-    wanted = math.ceil(fraction * count)
+    wanted = min(count, max(least, math.ceil(fraction * count)))
     index = (torch.arange(wanted, device="cpu") * count // wanted).repeat(times)
     if wanted == count and times == 1:
         return Rows(args, kwargs, index)

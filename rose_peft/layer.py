@@ -349,11 +349,23 @@ def _copy_module(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     # The memo makes deepcopy share the parameters, which are then registered anew: registration is what PEFT's
     # `low_cpu_mem_usage` intercepts to put them on the meta device.
     memo: dict[int, Any] = {id(param): param for param in module._parameters.values() if param is not None}
+    # A module that it reaches by a reference of its own (a tied embedding) is another's, and not copied with it.
+    memo |= {id(other): other for value in vars(module).values() for other in _modules_inside(value)}
     copied = copy.deepcopy(module, memo)
     for name, value in values.items():
         del copied._parameters[name]
         copied.register_parameter(name, nn.Parameter(value))
     return copied
+
+
+def _modules_inside(value: Any) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from _modules_inside(item)
+    elif type(value) is dict:
+        yield from _modules_inside(list(value.values()))
 
 
 def tie_copies(model: nn.Module, adapter_name: str) -> None:

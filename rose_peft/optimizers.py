@@ -261,7 +261,7 @@ def refuse_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     Raises:
         UnsupportedOptimizerError: If there is a closure.
     """
-    if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
+    if any(callable(argument) for argument in (*args[1:], kwargs.get("closure"))):
         raise UnsupportedOptimizerError(
             "optimizer.step(closure) makes the gradients inside the step, after the masks are due. Compute loss "
             "and gradients first and call optimizer.step() without a closure."

@@ -171,20 +171,28 @@ def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -
 
     Args:
         logits: [B, T, C].
-        inputs: Arguments of the forward call by name; `labels`, `decoder_attention_mask` and `attention_mask` count.
+        inputs: Arguments of the forward call by name; `labels`, `decoder_attention_mask` and `attention_mask` count,
+            as far as `logits_to_keep` goes.
         causal: Whether the logits at position t predict the label at t + 1.
 
     Returns:
         bool [B, T], or None where the logits are not per token or nothing tells.
     """
+    found = []
     labels = inputs.get("labels")
-    if isinstance(labels, Tensor) and logits.dim() == 3 and labels.shape == logits.shape[:2]:
+    if isinstance(labels, Tensor) and labels.dim() == 2:
         counted = labels != IGNORED_LABEL
         if causal:
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
-        return counted.to(logits.device)
-    for name in ("decoder_attention_mask", "attention_mask"):
-        mask = inputs.get(name)
-        if isinstance(mask, Tensor) and logits.dim() == 3 and mask.shape == logits.shape[:2]:
-            return mask.bool().to(logits.device)
+        found.append(counted)
+    masks = [inputs.get(name) for name in ("decoder_attention_mask", "attention_mask")]
+    found += [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+    kept = inputs.get("logits_to_keep")
+    for counted in found if logits.dim() == 3 else ():
+        if isinstance(kept, Tensor):
+            counted = counted[:, kept.to(counted.device)]
+        elif kept:
+            counted = counted[:, -kept:]
+        if counted.shape == logits.shape[:2]:
+            return counted.to(logits.device)
     return None

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .ahead import check_can_skip, plan
+from .aside import aside
 from .distributed import Processes
 from .dropout import has_dropout_up_to
 from .engines.finding import EngineFinder
-from .errors import UnsupportedEngineError
+from .errors import RoseError, UnsupportedEngineError, UnsupportedModelError
 from .inputs import cache_before
 from .norms import IndexedTensors
 from .outputs import tensors_of
 from .risk import Call, Head, hidden_states_are_equal, paired_pass
-from .sampled import aside, sampled_pass, take_sample
+from .sampled import Sample, sampled_pass, take_sample
 from .scores import Scores
 from .steered import Steered
 from .units import LiveUnits
@@ -53,6 +54,7 @@ class Passes:
         self._scores = scores
         self.ours = False
         self._hidden_states_checked = False
+        self._whole_warned = False
         self._caches: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,7 +189,19 @@ class Passes:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
         fraction, engine = steered.config.risk_fraction, self.around.engine
         sample = take_sample(call, output, head, fraction, at_once=not engine.gathers)
-        with self.own(), aside(call.module), engine.whole_parameters():
+        try:
+            self._small(steered, sample, head)
+        except (RuntimeError, ValueError, IndexError) as error:
+            # Inputs whose rows only seemed to be rows. Where shards are gathered all processes must call alike.
+            if sample.whole or engine.gathers or isinstance(error, RoseError | torch.OutOfMemoryError):
+                raise
+            self._warn_of_whole(error)
+            self._small(steered, Sample(call, None, sample.asking, whole=True, share=1.0), head)
+        if steered.plan is not None:
+            steered.plan.hold_back()
+
+    def _small(self, steered: Steered, sample: Sample, head: Head) -> None:
+        with self.own(), aside(sample.call.module), self.around.engine.whole_parameters():
             sampled_pass(
                 sample,
                 head,
@@ -198,8 +212,15 @@ class Passes:
                 exact=not steered.watchdog.passes_differed,
             )
             self._check_hidden_states(sample.call, steered)
-        if steered.plan is not None:
-            steered.plan.hold_back()
+
+    def _warn_of_whole(self, error: Exception) -> None:
+        if not self._whole_warned:
+            self._whole_warned = True
+            warnings.warn(
+                f"the model does not take some rows of its batch ({type(error).__name__}: {error}), so sampled risk "
+                "passes take the whole batch where that happens (`whole_risk_passes` counts them).",
+                stacklevel=2,
+            )
 
     @staticmethod
     def _hold_back_in_backward(steered: Steered, output: Any) -> None:
@@ -211,8 +232,14 @@ class Passes:
                 planned.hold_back()
                 torch.autograd.Variable._execution_engine.queue_callback(planned.release)
 
-        for tensor in tensors_of(output):
-            if tensor.requires_grad:
+        tensors = tensors_of(output)
+        if tensors and planned is not None and planned.off and not any(t.requires_grad for t in tensors):
+            raise UnsupportedModelError(
+                "skip_frozen_gradients=True: all units that this call uses are frozen in this step, and nothing else "
+                "in it trains, so its loss has no graph. Leave skip_frozen_gradients out, or train the head too."
+            )
+        for tensor in tensors:
+            if tensor.grad_fn is not None:  # a parameter that the model returns would keep the hook for ever
                 tensor.register_hook(begins)
 
     @contextmanager

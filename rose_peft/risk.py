@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .aside import attributes_kept
 from .average import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
@@ -123,7 +124,8 @@ def hidden_states_are_equal(call: Call, module: nn.Module) -> bool:
         seen.extend(tensors_of(output)[:1])
 
     devices = {param.device for param in module.parameters() if param.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), module.register_forward_hook(keep):
+    forked = torch.random.fork_rng(devices=list(devices))
+    with forked, torch.no_grad(), attributes_kept(call.module), module.register_forward_hook(keep):
         first = call.again(), len(seen)
         call.again()
     half = first[1]
@@ -255,7 +257,7 @@ class RiskWindow:
             self._backward_seen = True
 
         for tensor in tensors_of(output):
-            if tensor.requires_grad:
+            if tensor.grad_fn is not None:  # a parameter that the model returns would keep the hook for ever
                 tensor.register_hook(seen)
 
     def note_backward(self) -> None:

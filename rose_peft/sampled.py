@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
-from .inputs import take_rows, tensors_inside, without_cache
+from .inputs import Rows, take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .outputs import asking_for_logits
 from .risk import Call, Head, RiskWindow
@@ -70,13 +67,24 @@ def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_o
     asking = asking_for_logits(output, call.kwargs)
     logits = () if asking else head.logits(output)
     kwargs, results = without_cache(call.args, call.kwargs), [len(part) for part in logits]
-    rows = take_rows(call.args, kwargs, fraction, results)
+    inner = list(call.module.modules())
+    least = 2 if any(isinstance(module, _BatchNorm) for module in inner) else 1  # of one row there is no variance
+    rows = take_rows(call.args, kwargs, fraction, results, least=least)
+    if any(getattr(config, "alora_invocation_tokens", None) for config in _adapter_configs(inner)):
+        rows = Rows(call.args, kwargs, None)  # PEFT has given each row of the whole batch its place
     twice = None
     # One call takes half as many kernels, and lets go of each gradient as it comes.
     if at_once and rows.index is not None and _rows_are_apart(call.module, logits):
         doubled = take_rows(call.args, kwargs, fraction, results, times=2)
         twice = Call(call.module, doubled.args, doubled.kwargs, {})
     return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None, rows.share)
+
+
+def _adapter_configs(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """The configs of PEFT's adapters in a model."""
+    for module in modules:
+        configs = getattr(module, "peft_config", None)
+        yield from configs.values() if isinstance(configs, dict) else ()
 
 
 def _rows_are_apart(module: nn.Module, logits: Sequence[Tensor]) -> bool:
@@ -121,81 +129,8 @@ def sampled_pass(
     if exact and sample.twice is not None:
         # Where nothing but a draw per call makes calls differ, both halves are equal and say nothing.
         equal = equal | sample.two_calls_are_equal(head)
-    # A graph that the user's inputs hang on is still needed; compiled graphs want to be given up otherwise.
+    # A graph that the user's inputs hang on, or weights that he caches, is still needed; compiled graphs want to be
+    # given up otherwise.
     inputs = itertools.chain(tensors_inside(sample.call.args), tensors_inside(sample.call.kwargs))
-    retain = any(tensor.requires_grad for tensor in inputs)
+    retain = any(tensor.requires_grad for tensor in inputs) or bool(parametrize._cache_enabled)
     window.add(parameters(), value, equal, scale, share=sample.share, whole=sample.whole, retain_graph=retain)
-
-
-@contextmanager
-def aside(module: nn.Module) -> Iterator[None]:
-    """Leave random states, buffers and checkpointing as they are.
-
-    Args:
-        module: The model to be called inside.
-    """
-    buffers = _own_buffers(module)
-    # The small graph needs no checkpoints, and reentrant ones hide the parameters from its gradient.
-    checkpointed = [inner for inner in module.modules() if getattr(inner, "gradient_checkpointing", False) is True]
-    for inner in checkpointed:
-        inner.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        with _own_draws(module):
-            yield
-    finally:
-        for inner in checkpointed:
-            inner.gradient_checkpointing = True  # type: ignore[assignment]
-        for inner, name, buffer in buffers:
-            inner._buffers[name] = buffer
-
-
-def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Put copies in the place of what a forward pass may write to, such as running statistics; returns the originals.
-
-    The originals are not touched at all: the user's graph may have saved them, and would know by their version.
-    """
-    found = []
-    copies: dict[int, Tensor] = {}
-    for inner in module.modules():
-        for name, buffer in inner._buffers.items():
-            # Counters and statistics; integers of more dimensions are quantized weights.
-            if buffer is not None and (buffer.is_floating_point() or buffer.dim() <= 1):
-                found.append((inner, name, buffer))
-                inner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-    return found
-
-
-@contextmanager
-def _own_draws(module: nn.Module) -> Iterator[None]:
-    """Draw from generators that follow from the user's and leave them where they are.
-
-    The seed is made of the states of torch's, so that a run that is repeated or resumed with them draws the same
-    again. Those of Python and NumPy stay out of it: who draws from torch alone need not seed them.
-    """
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
-    generators = [_generator(device) for device in sorted(devices, key=str)]
-    plain, numbers, states = random.getstate(), numpy.random.get_state(), [each.get_state() for each in generators]
-    cpu = torch.get_rng_state()
-    digest = hashlib.blake2b(b"".join(state.numpy().tobytes() for state in [cpu, *states]), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") % 2**63
-    try:
-        # Not torch.manual_seed, which seeds every device there is.
-        for generator in [torch.default_generator, *generators]:
-            generator.manual_seed(seed)
-        random.seed(seed)
-        numpy.random.seed(seed % 2**32)
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        random.setstate(plain)
-        numpy.random.set_state(numbers)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    """The default generator of an accelerator."""
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    return torch.get_device_module(device).default_generators[device.index or 0]

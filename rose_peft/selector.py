@@ -74,8 +74,7 @@ class RoseSelector:
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
-        if config.dropout is not None:
-            self._dropout = TrainingDropout(model, config.dropout, self.live.dropout_targets())
+        self._hold_dropout(config.dropout)
         self.passes = Passes(host, self.live, self.processes, self.adapters.training, self._scores)
         self._hooks = ForwardHooks(
             host, model, self._before_forward, self.passes.after, self.passes.ended, self._flights.settle
@@ -163,10 +162,23 @@ class RoseSelector:
     def _scores(self) -> Scores:
         return self.scores
 
+    def _hold_dropout(self, probability: float | None) -> None:
+        """Set the dropout that the adapter that trains asks for; None puts the model's own back."""
+        if (None if self._dropout is None else self._dropout.probability) == probability:
+            return
+        if self._dropout is not None:
+            self._dropout.undo()
+        targets = self.live.dropout_targets()
+        self._dropout = None if probability is None else TrainingDropout(self.model, probability, targets)
+
     def _before_forward(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         if not self.passes.ours:
             self._flights.settle()
             self.follow()
+            training = self.adapters.training() if module.training else []
+            self._homes.follow()
+            if training:
+                self._hold_dropout(training[0].config.dropout)
             self.passes.before(module, kwargs)
             inside = self._engine.optimizer
             if inside is not None and module.training:  # what an engine loads goes past the user's hands

@@ -323,6 +323,10 @@ class SelectionState:
         for name, value in tensors.items():
             value.copy_(values[name])
 
+    def start_anew(self) -> None:
+        """Forget everything, as if no step had been taken."""
+        self.load(SelectionState(self.units, self.sizes.tolist(), self.vectors.tolist()).values)
+
     def continue_from(self, values: dict[str, Any]) -> None:
         """Take over what is known of units of the same names; new ones start from nothing.
 

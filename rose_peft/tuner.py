@@ -265,12 +265,32 @@ def _rose_layers(model: nn.Module) -> list[RoseLayer]:
 
 
 def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> None:
-    """Replace modules, given by identity, wherever they hang: a shared one (T5's embedding) has several parents."""
+    """Replace modules, given by identity, wherever they hang: a shared one (T5's embedding) has several parents.
+
+    A model may reach its modules through lists, tuples and dictionaries of its own, too.
+    """
     for parent in list(model.modules()):
+        others = {key: module for key, module in replacements.items() if module is not parent}
         for name, child in parent._modules.items():
-            replacement = replacements.get(id(child))
-            if replacement is not None and replacement is not parent:
-                parent._modules[name] = replacement
+            parent._modules[name] = others.get(id(child), child) if child is not None else None
+        for name, value in vars(parent).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                parent.__dict__[name] = _replaced(value, others)
+
+
+def _replaced(value: Any, replacements: dict[int, nn.Module]) -> Any:
+    """A value with modules replaced in it: lists and dictionaries in place, for others may hold them too."""
+    if isinstance(value, nn.Module):
+        return replacements.get(id(value), value)
+    if type(value) is tuple:
+        found = tuple(_replaced(item, replacements) for item in value)
+        return found if any(one is not other for one, other in zip(found, value, strict=True)) else value
+    places = enumerate(value) if type(value) is list else value.items() if type(value) is dict else ()
+    for place, item in list(places):
+        found = _replaced(item, replacements)
+        if found is not item:
+            value[place] = found
+    return value
 
 
 def _adapter_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -268,6 +268,7 @@ class LiveUnits:
         self._signature = self._structure()
         self._witness = self._first_tuner_layer()
         self.by_adapter = self._units_by_adapter()
+        self._holders = self._first_holders()
         self._warn_of_small_coverage()
         self._warn_of_a_single_unit()
 
@@ -378,9 +379,12 @@ class LiveUnits:
 
     def training(self) -> list[str]:
         """Names of the adapters that train now; none while they are merged or disabled."""
-        if isinstance(self._witness, BaseTunerLayer) and (self._witness.merged or self._witness.disable_adapters):
-            return []
-        return [name for name, units in self.by_adapter.items() if any(unit.parameters() for unit in units)]
+        resting = {name for name, layer in self._holders.items() if layer.merged or layer.disable_adapters}
+        return [
+            name
+            for name, units in self.by_adapter.items()
+            if name not in resting and any(unit.parameters() for unit in units)
+        ]
 
     def dropout_targets(self) -> Iterator[nn.Module]:
         """The modules in front of which dropout belongs: those with matrices among the units, not norms."""
@@ -433,6 +437,19 @@ class LiveUnits:
                     if child._modules:
                         waiting.append(child)
         return adapters, hash(tuple(found))
+
+    def _first_holders(self) -> dict[str, BaseTunerLayer]:
+        """A tuner layer that holds each adapter: another one may be merged in the layers that this one is not in."""
+        found: dict[str, BaseTunerLayer] = {}
+        for layer in self.model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                held = layer._get_available_adapters()
+                for name in self.by_adapter:
+                    if name in held:
+                        found.setdefault(name, layer)
+        if isinstance(self._witness, BaseTunerLayer):
+            return {name: found.get(name, self._witness) for name in self.by_adapter}
+        return found
 
     def _first_tuner_layer(self) -> nn.Module | None:
         return next((module for module in self.model.modules() if isinstance(module, BaseTunerLayer)), None)

@@ -189,6 +189,7 @@ class MaskedStep:
         weights_now = part.of(part.holder)
         state = self._optimizer.state.get(part.holder, {})
         masters = {key: value for key, value in state.items() if _is_master(key, value, item)}
+        owed = [(key, value) for key, value in state.items() if _is_compensation(key, value)]
         if share > 0:
             if not saved.results:  # made before anything is written, so that writing may be repeated
                 for key, value in masters.items():
@@ -197,6 +198,8 @@ class MaskedStep:
                     saved.results.append((now, torch.lerp(before, now, share)))
                 weights = saved.results[0][1] if masters else torch.lerp(saved.weights, weights_now, share)
                 saved.results.append((weights_now, weights))
+                for key, value in owed:
+                    saved.results += _masked_with_owed(saved, key, weights_now, part.of(value))
             for now, result in saved.results:
                 now.copy_(result)
             return
@@ -341,12 +344,42 @@ def _is_master(key: str, value: Any, item: Masked) -> bool:
     return marked and isinstance(value, Tensor) and value.is_floating_point() and value.shape == item.part.holder.shape
 
 
+# What rounding has kept from the weights so far and later steps pay out, and momenta with a longer memory beside the
+# one that is known.
+_COMPENSATION_MARKS = ("comp", "kahan")
+_SLOW_MARK = "slow"
+
+
+def _masked_with_owed(saved: _Saved, key: str, weights: Tensor, owed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keep the share of the move of weights together with what rounding owes them: alone they would be rounded anew.
+
+    Args:
+        saved: What was there before the step.
+        key: Under which the debt lies in the state.
+        weights: As they are after the step.
+        owed: The debt after the step.
+
+    Returns:
+        (what to write to, its value).
+    """
+    before = saved.state.get(key)
+    start, end = saved.weights.double(), weights.double() + owed.double()
+    exact = torch.lerp(start if before is None else start + before.double(), end, saved.masked.share)
+    rounded = exact.to(weights.dtype)
+    return [(weights, rounded), (owed, (exact - rounded.double()).to(owed.dtype))]
+
+
+def _is_compensation(key: str, value: Any) -> bool:
+    marked = any(mark in str(key).lower() for mark in _COMPENSATION_MARKS)
+    return marked and isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _is_kept(key: str, value: Any, item: Masked) -> bool:
     """Whether a tensor of the optimizer's state must not move with a masked parameter."""
-    if _is_master(key, value, item):
+    if _is_master(key, value, item) or _is_compensation(key, value):
         return True
     if not isinstance(value, Tensor) or item.share > 0:
         return False
     if item.rule is not None:
-        return key == item.rule.key or key in item.rule.companions
+        return key == item.rule.key or key in item.rule.companions or _SLOW_MARK in str(key).lower()
     return key != "step"

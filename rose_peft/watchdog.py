@@ -176,7 +176,10 @@ class Watchdog:
         # Experts that no token of a small pass, or of this process, went to have fellows that some went to.
         kinds = {_kind(self._units[index]) for index in reached}
         unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
-        if 2 * len(unreached) >= len(trained):
+        if 2 * len(unreached) >= len(trained):  # zeros that zero_grad(set_to_none=False) left are asked for only here
+            trained = {index for index, param in stepping if param.grad is None or bool(param.grad.any())}
+            unreached = [index for index in unreached if index in trained]
+        if unreached and 2 * len(unreached) >= len(trained):
             raise RoseInactiveError(
                 f"{len(unreached)} of {len(self._units)} units have a gradient of the loss but none of the dropout "
                 f"divergence (first: {self._units[min(unreached)]!r}). With gradient checkpointing pass "

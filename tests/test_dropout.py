@@ -201,3 +201,22 @@ def test_equal_hidden_states_of_both_passes_are_pointed_out(classifier_dropout: 
             return
     said = [str(record.message) for record in records if issubclass(record.category, UserWarning)]
     assert any("dropout" in message and "ROSEConfig(dropout=" in message for message in said), said
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, 0.3), (0.1, 0.3), (0.3, None)])
+def test_each_adapter_trains_with_the_dropout_that_it_asks_for(first: float | None, second: float | None) -> None:
+    def config(dropout: float | None) -> ROSEConfig:
+        return ROSEConfig(strategy="first_order", dropout=dropout)
+
+    def probabilities() -> set[float]:
+        model(**batch(model))
+        return {module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+
+    model = get_peft_model(tiny_bert(), config(first))
+    model.add_adapter("other", config(second))
+    model.train()
+    assert probabilities() == {first or 0.1}
+    model.set_adapter("other")
+    assert probabilities() == {second or 0.1}
+    model.set_adapter("default")
+    assert probabilities() == {first or 0.1}

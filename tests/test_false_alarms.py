@@ -357,3 +357,89 @@ def test_gradients_that_have_a_graph_leave_none_in_the_state() -> None:
     tensors = [value for value in selector.state.values.values() if isinstance(value, Tensor)]
     assert not any(tensor.requires_grad for tensor in tensors)
     copy.deepcopy(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("risk_pass", ["paired", "sampled"])
+def test_tasks_in_turn_whose_gradients_are_set_to_zero(risk_pass: Any) -> None:
+    """Zeros that an earlier task has left on its units are no gradients that the divergence would have to reach."""
+
+    class Tasks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.tasks = nn.ModuleList(
+                nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.2)) for _ in range(3))
+                for _ in range(3)
+            )
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, labels: Tensor, task: int) -> dict[str, Tensor]:
+            for layer in self.tasks[task]:
+                x = layer(x)
+            logits = self.head(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    model = Tasks().train()
+    selector = attach_rose(model, ROSEConfig(risk_pass=risk_pass, upper_quantile=0.5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for turn in range(9):
+        model(x=torch.randn(8, 8), labels=torch.randint(0, 3, (8,)), task=turn % 3)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert int(selector.state.steps) == 9
+
+
+def test_an_adapter_over_one_that_is_merged_elsewhere() -> None:
+    model = get_peft_model(
+        tiny_bert(), ROSEConfig(strategy="first_order", base_config=LoraConfig(r=2, target_modules=["query"]))
+    )
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["intermediate.dense"]))
+    model.set_adapter("other")
+    model.merge_adapter(["default"])
+    train_watched(model, batch(model))
+
+
+def test_a_loss_handed_to_step_is_no_closure() -> None:
+    class Adaptive(torch.optim.AdamW):
+        def step(self, loss: Any = None) -> None:  # type: ignore[override]
+            super().step()
+
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy="second_order"))
+    loss = model(**batch(model)).loss
+    loss.backward()
+    Adaptive(model.parameters()).step(loss)
+    assert int(selector.state.steps) == 1
+
+
+def test_a_parameter_that_the_model_returns_gathers_no_hooks() -> None:
+    model = tiny_bert()
+    model.temperature = nn.Parameter(torch.ones(()))
+    forward = model.forward
+    model.forward = lambda **inputs: {**forward(**inputs), "temperature": model.temperature}
+    attach_rose(model, ROSEConfig(strategy="first_order"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        model(**batch(model))["loss"].backward()
+        optimizer.step()
+    assert not model.temperature._backward_hooks
+
+
+def test_after_a_learning_rate_finder_everything_starts_anew() -> None:
+    """Model and optimizer are put back to before the first step: the warm-up is still to come."""
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy="ensemble", risk_pass="sampled", warmup_steps=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    kept = []
+    for part in range(2):
+        torch.manual_seed(5)
+        for seed in range(4):
+            model(**batch(model, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            kept.append((part, seed, selector.state.last_mask.tolist()))
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(copy.deepcopy(before[1]))
+    assert [entry[1:] for entry in kept[:4]] == [entry[1:] for entry in kept[4:]]
+    assert set(kept[0][2]) == {1.0} and set(kept[3][2]) != {1.0}

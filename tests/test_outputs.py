@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rose_peft import ROSEConfig, RoseError, UnsupportedModelError, attach_rose, get_selector
+from rose_peft.outputs import counted_positions
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import optimizer_of
 
@@ -345,3 +346,16 @@ def test_per_token_scores_can_be_declared() -> None:
     assert scores[None] == scores["softmax"]
     for head in ("multi_label", "regression"):
         assert scores[head] != pytest.approx(scores["softmax"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kept", [3, torch.tensor([2, 3, 4])])
+def test_padding_does_not_count_among_kept_logits(kept: Any) -> None:
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    labels = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, -100, -100]])
+    logits = torch.zeros(2, 3, 7)
+    counted = counted_positions(logits, {"attention_mask": mask, "logits_to_keep": kept}, True)
+    assert counted.tolist() == [[True, True, True], [True, False, False]]
+    counted = counted_positions(logits, {"labels": labels, "logits_to_keep": kept}, True)
+    assert counted.tolist() == [[True, True, False], [False, False, False]]
+    whole = counted_positions(torch.zeros(2, 5, 7), {"attention_mask": mask, "logits_to_keep": 0}, True)
+    assert torch.equal(whole, mask.bool())

@@ -27,10 +27,10 @@ from rose_peft import (
     get_selector,
     watchdog,
 )
+from rose_peft.aside import aside
 from rose_peft.average import RiskAverage
 from rose_peft.config import RISK_SMOOTHING
 from rose_peft.outputs import logits_of
-from rose_peft.sampled import aside
 from rose_peft.selector import RoseSelector
 from tests.helpers.comparing import assert_same, everything
 from tests.helpers.tiny import SIZES, batch, tiny_bert
@@ -925,3 +925,71 @@ def test_the_scale_of_the_divergence_grows_at_any_interval(interval: int) -> Non
         optimizer.step()
         optimizer.zero_grad()
         assert float(selector.state.risk_scale) == grown * 2.0**6
+
+
+# Rows that are none, or that are not enough -------------------------------------------------------------------------
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2)) for _ in range(3)
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, labels: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(x)
+        return {"loss": F.cross_entropy(logits, labels, weights), "logits": logits}
+
+
+def test_batch_norm_gets_two_rows_of_a_short_batch() -> None:
+    model = Normalised().train()
+    selector = attach_rose(model, sampled())
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x=torch.randn(4, 8), labels=torch.randint(0, 3, (4,)))["loss"].backward()
+    optimizer.step()
+    assert selector.statistics().whole_risk_passes == 0 and int(selector.state.steps) == 1
+
+
+def test_a_model_that_does_not_take_some_rows_gets_all_of_them() -> None:
+    """Class weights are no rows; with as many rows as classes they look like some."""
+    model = Normalised().train()
+    selector = attach_rose(model, sampled(risk_interval=1, risk_fraction=0.5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.warns(UserWarning, match="does not take some rows of its batch"):
+        for rows in (8, 3, 8):
+            model(torch.randn(rows, 8), torch.randint(0, 3, (rows,)), torch.ones(3))["loss"].backward()
+            optimizer.step()
+    assert selector.statistics().whole_risk_passes == 3 == int(selector.state.steps)
+
+
+def test_adapters_that_know_the_place_of_each_row_get_the_whole_batch() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    lora = LoraConfig(r=4, target_modules=["c_attn"], alora_invocation_tokens=[7, 8])
+    model = get_peft_model(
+        tf.GPT2LMHeadModel(tf.GPT2Config(**sizes)),
+        ROSEConfig(task_type="CAUSAL_LM", strategy="first_order", risk_pass="sampled", base_config=lora),
+    ).train()
+    ids = torch.full((4, 8), 9)
+    for row in range(4):
+        ids[row, row], ids[row, row + 1] = 7, 8
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert get_selector(model).statistics().whole_risk_passes == 1
+
+
+def test_weights_that_the_user_caches_keep_their_graph() -> None:
+    model = Normalised().train()
+    for layer in model.layers:
+        nn.utils.parametrizations.orthogonal(layer[0])
+    attach_rose(model, sampled())
+    with nn.utils.parametrize.cached():
+        loss = model(x=torch.randn(8, 8), labels=torch.randint(0, 3, (8,)))["loss"]
+    loss.backward()
+    assert all(param.grad is not None for param in model.head.parameters())

@@ -812,3 +812,58 @@ def test_scaled_gradients_give_the_same_masks_and_weights(fused, unscale, strate
     assert torch.equal(state["last_mask"], plain_state["last_mask"])
     torch.testing.assert_close(state["second_scores"], plain_state["second_scores"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weights_, plain_weights, rtol=1e-5, atol=1e-6)
+
+
+class Compensated(torch.optim.Optimizer):
+    """Adam that keeps what rounding has kept from the weights, for later steps to pay out (Kahan)."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.999)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for param in (param for group in self.param_groups for param in group["params"] if param.grad is not None):
+            state = self.state[param]
+            if not state:
+                state |= {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq", "kahan_comp")}
+            state["exp_avg"].mul_(0.9).add_(param.grad, alpha=0.1)
+            state["exp_avg_sq"].mul_(0.999).addcmul_(param.grad, param.grad, value=0.001)
+            owed = state["kahan_comp"].add_(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(1e-8), alpha=-1e-3)
+            before = param.detach().clone()
+            param.add_(owed)
+            owed.add_(before - param)
+
+
+@pytest.mark.parametrize("frozen_from", [0, 3], ids=["from the start", "later"])
+def test_what_rounding_has_kept_back_is_masked_too(frozen_from):
+    """It belongs to the weights: of a frozen unit it stays, of a unit with half a mask half of what came in does."""
+    model = Blocks(dtype=torch.bfloat16)
+    optimizer = Compensated(model.parameters())
+    selector = steer(model, lambda step: [1, 0, 1, 0, 0.5] if step >= frozen_from else [1] * 5)
+
+    def exact(param: Tensor) -> Tensor:
+        owed = optimizer.state[param]["kahan_comp"] if param in optimizer.state else torch.zeros_like(param)
+        return param.detach().double() + owed.double()
+
+    def half_a_step(param: Tensor) -> Tensor:
+        """Half of what a plain step with the blended gradient would do."""
+        twin = param.detach().clone().requires_grad_()
+        plain = Compensated([twin])
+        plain.state[twin] = {key: value.clone() for key, value in optimizer.state.get(param, {}).items()}
+        momentum = plain.state[twin].get("exp_avg", torch.zeros_like(param))
+        twin.grad = torch.lerp(momentum, param.grad, 0.5)
+        plain.step()
+        return (twin.detach().double() + plain.state[twin]["kahan_comp"].double() + exact(param)) / 2
+
+    for step in range(frozen_from + 6):
+        set_gradients(model, step)
+        before, half = [exact(param) for param in weights(model)], half_a_step(weights(model)[4])
+        optimizer.step()
+        after = [exact(param) for param in weights(model)]
+        assert not torch.equal(after[0], before[0]) and not torch.equal(after[2], before[2])
+        if step >= frozen_from:
+            assert torch.equal(after[1], before[1]) and torch.equal(after[3], before[3])
+            torch.testing.assert_close(after[4], half, rtol=0, atol=3e-5)
+            assert float((half - before[4]).abs().max()) > 1e-3
+    assert any(optimizer.state[param]["kahan_comp"].any() for param in weights(model))
+    selector.detach()
