@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, Scores, attach_rose, get_selector
+from rose_peft.aside import aside
 from rose_peft.average import RiskAverage, RiskFigures, owners_of
 from rose_peft.config import RISK_FRACTION, RISK_INTERVAL, RISK_SMOOTHING
 from rose_peft.masks import quantile_band
 from rose_peft.risk import Call, Head, RiskWindow, paired_pass
-from rose_peft.sampled import aside, sampled_pass, take_sample
+from rose_peft.sampled import sampled_pass, take_sample
 from rose_peft.scores import Facts, Stepping
 
 Batch = dict[str, Tensor]
