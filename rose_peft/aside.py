@@ -23,7 +23,6 @@ def aside(module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(attributes_kept(module))
-        stack.enter_context(_buffers_kept(module))
         stack.enter_context(_without_checkpoints(module))
         stack.enter_context(_without_backward_hooks(module))
         stack.enter_context(_own_draws(module))
@@ -32,53 +31,52 @@ def aside(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Put back what modules keep of their last call, such as an auxiliary loss that the user adds to his own.
+    """Let a call write to copies of buffers and attributes, and put back what modules keep of their last call.
 
-    Tensors are copies inside, and lists, dictionaries and generators get back what they held. What lies deeper, or in
-    parameters, is not looked at.
+    An auxiliary loss that the user adds to his own stays that of his call, and running statistics stay where they
+    are. The originals are not touched at all: the user's graph may have saved them, and would know by their version.
+    What lies deeper than in a list, dictionary or set, or in parameters, is not looked at.
 
     Args:
         module: The model to be called inside.
     """
-    kept = [(inner, _own_attributes(inner)) for inner in module.modules()]
-    insides = [(value, _inside(value)) for _, before in kept for value in before.values()]
-    for inner, before in kept:
+    spaces: list[dict[str, Any]] = [space for inner in module.modules() for space in (vars(inner), inner._buffers)]
+    kept = [{name: value for name, value in space.items() if name not in _NOT_OWN} for space in spaces]
+    generators = [value for before in kept for value in before.values() if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    copies: dict[int, Any] = {}  # one for each object: what one module writes another may read
+    for space, before in zip(spaces, kept, strict=True):
         for name, value in before.items():
-            if isinstance(value, Tensor) and not value.requires_grad:
-                inner.__dict__[name] = value.clone()
+            if _is_written(value):
+                if id(value) not in copies:
+                    copies[id(value)] = value.clone() if isinstance(value, Tensor) else value.copy()
+                space[name] = copies[id(value)]
     try:
         yield
     finally:
-        for inner, before in kept:
-            for name in _own_attributes(inner).keys() - before.keys():
-                del inner.__dict__[name]
-            inner.__dict__.update(before)
-        for value, inside in insides:
-            if isinstance(value, list):
-                value[:] = inside
-            elif isinstance(value, dict):
-                value.clear()
-                value.update(inside)
-            elif isinstance(value, torch.Generator):
-                value.set_state(inside)
+        for space, before in zip(spaces, kept, strict=True):
+            for name in space.keys() - before.keys() - _NOT_OWN:
+                del space[name]
+            space.update(before)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
-# What torch itself keeps on modules, and what DeepSpeed counts its hooks by.
-_NOT_OWN = {"_parameters", "_buffers", "_modules", *(name for name in nn.Module().__dict__ if "hook" in name)}
-_ENGINES = ("ds_", "applied_pre_backward")
+# What torch keeps on modules, and what DeepSpeed counts its own hooks by.
+_NOT_OWN = {
+    *("_parameters", "_buffers", "_modules"),
+    *(name for name in vars(nn.Module()) if "hook" in name),
+    *("ds_grads_remaining", "applied_pre_backward_ref_cnt", "pre_bwd_fn", "post_bwd_fn"),
+}
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value for name, value in vars(module).items() if name not in _NOT_OWN and not name.startswith(_ENGINES)
-    }
-
-
-def _inside(value: Any) -> Any:
-    """What a plain container held, or the state of a generator; None for anything else."""
-    if type(value) in (list, dict):
-        return value.copy()
-    return value.get_state() if isinstance(value, torch.Generator) else None
+def _is_written(value: Any) -> bool:
+    """Whether a call may write to what an attribute holds: statistics, counters and logs, no weights."""
+    if isinstance(value, Tensor):
+        is_weight = value.requires_grad and value.is_leaf
+        # Integers of more dimensions are quantized weights.
+        return not is_weight and (value.is_floating_point() or value.dim() <= 1)
+    return type(value) in (list, dict, set)
 
 
 @contextmanager
@@ -108,32 +106,6 @@ def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for hooks, before in zip(found, kept, strict=True):
             hooks.update(before)
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    buffers = _own_buffers(module)
-    try:
-        yield
-    finally:
-        for inner, name, buffer in buffers:
-            inner._buffers[name] = buffer
-
-
-def _own_buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Put copies in the place of what a forward pass may write to, such as running statistics; returns the originals.
-
-    The originals are not touched at all: the user's graph may have saved them, and would know by their version.
-    """
-    found = []
-    copies: dict[int, Tensor] = {}
-    for inner in module.modules():
-        for name, buffer in inner._buffers.items():
-            # Counters and statistics; integers of more dimensions are quantized weights.
-            if buffer is not None and (buffer.is_floating_point() or buffer.dim() <= 1):
-                found.append((inner, name, buffer))
-                inner._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-    return found
 
 
 @contextmanager

@@ -28,13 +28,15 @@ class Homes:
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # By adapter: the optimizer that its state came into last.
         self._latest: dict[str, tuple[weakref.ref[Optimizer], SelectionState]] = {}
+        # Those that have had momenta: only of them their lack tells anything.
+        self._stateful: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, object]:
         return {"_owner": self._owner}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._optimizers, self._latest = weakref.WeakSet(), {}
+        self._optimizers, self._latest, self._stateful = weakref.WeakSet(), {}, weakref.WeakSet()
 
     @staticmethod
     def has_saved(optimizer: Optimizer) -> bool:
@@ -79,7 +81,11 @@ class Homes:
         """Let states start anew whose optimizer was put back to before its first step, as learning rate finders do."""
         for adapter, (reference, state) in list(self._latest.items()):
             optimizer = reference()
-            if optimizer is not None and not optimizer.state and not self.has_saved(optimizer):
+            if optimizer is None:
+                continue
+            if optimizer.state:
+                self._stateful.add(optimizer)
+            elif optimizer in self._stateful and not self.has_saved(optimizer):
                 state.start_anew()
                 del self._latest[adapter]
 

@@ -87,7 +87,14 @@ def tensors_inside(value: Any, _seen: set[int] | None = None) -> Iterator[Tensor
 # What tells the number of rows where no result does, the most telling first.
 _ROWS_OF = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "decoder_input_ids")
 # Arguments that have no row for each example and go with any number of them.
-_FOR_ALL = ("cache_position", "num_items_in_batch", "head_mask", "decoder_head_mask", "cross_attn_head_mask")
+_FOR_ALL = (
+    "cache_position",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "head_mask",
+    "decoder_head_mask",
+    "cross_attn_head_mask",
+)
 # Masks that reach into a cache, and what has the length of the call itself.
 _REACHING = {
     "attention_mask": ("input_ids", "inputs_embeds"),

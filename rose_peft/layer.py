@@ -350,7 +350,8 @@ def _copy_module(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     # `low_cpu_mem_usage` intercepts to put them on the meta device.
     memo: dict[int, Any] = {id(param): param for param in module._parameters.values() if param is not None}
     # A module that it reaches by a reference of its own (a tied embedding) is another's, and not copied with it.
-    memo |= {id(other): other for value in vars(module).values() for other in _modules_inside(value)}
+    others = (other for value in vars(module).values() for other in _modules_inside(value, set()))
+    memo |= {id(other): other for other in others if other is not module}
     copied = copy.deepcopy(module, memo)
     for name, value in values.items():
         del copied._parameters[name]
@@ -358,14 +359,13 @@ def _copy_module(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     return copied
 
 
-def _modules_inside(value: Any) -> Iterator[nn.Module]:
+def _modules_inside(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-    elif type(value) in (list, tuple):
-        for item in value:
-            yield from _modules_inside(item)
-    elif type(value) is dict:
-        yield from _modules_inside(list(value.values()))
+    elif type(value) in (list, tuple, dict) and id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if type(value) is dict else value:
+            yield from _modules_inside(item, seen)
 
 
 def tie_copies(model: nn.Module, adapter_name: str) -> None:

@@ -189,10 +189,10 @@ def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -
     found += [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
     kept = inputs.get("logits_to_keep")
     for counted in found if logits.dim() == 3 else ():
-        if isinstance(kept, Tensor):
-            counted = counted[:, kept.to(counted.device)]
-        elif kept:
-            counted = counted[:, -kept:]
+        if isinstance(kept, int):
+            counted = counted[:, -kept:] if kept else counted
+        elif kept is not None:
+            counted = counted[:, torch.as_tensor(kept, device=counted.device)]
         if counted.shape == logits.shape[:2]:
             return counted.to(logits.device)
     return None

@@ -16,12 +16,12 @@ from .aside import aside
 from .distributed import Processes
 from .dropout import has_dropout_up_to
 from .engines.finding import EngineFinder
-from .errors import RoseError, UnsupportedEngineError, UnsupportedModelError
+from .errors import RoseError, UnsupportedEngineError
 from .inputs import cache_before
 from .norms import IndexedTensors
 from .outputs import tensors_of
 from .risk import Call, Head, hidden_states_are_equal, paired_pass
-from .sampled import Sample, sampled_pass, take_sample
+from .sampled import Sample, sampled_pass, take_all, take_sample
 from .scores import Scores
 from .steered import Steered
 from .units import LiveUnits
@@ -191,12 +191,12 @@ class Passes:
         sample = take_sample(call, output, head, fraction, at_once=not engine.gathers)
         try:
             self._small(steered, sample, head)
-        except (RuntimeError, ValueError, IndexError) as error:
-            # Inputs whose rows only seemed to be rows. Where shards are gathered all processes must call alike.
+        except Exception as error:  # whatever the model says to inputs whose rows only seemed to be rows
+            # Where shards are gathered all processes must call alike.
             if sample.whole or engine.gathers or isinstance(error, RoseError | torch.OutOfMemoryError):
                 raise
             self._warn_of_whole(error)
-            self._small(steered, Sample(call, None, sample.asking, whole=True, share=1.0), head)
+            self._small(steered, take_all(call, output), head)
         if steered.plan is not None:
             steered.plan.hold_back()
 
@@ -232,13 +232,7 @@ class Passes:
                 planned.hold_back()
                 torch.autograd.Variable._execution_engine.queue_callback(planned.release)
 
-        tensors = tensors_of(output)
-        if tensors and planned is not None and planned.off and not any(t.requires_grad for t in tensors):
-            raise UnsupportedModelError(
-                "skip_frozen_gradients=True: all units that this call uses are frozen in this step, and nothing else "
-                "in it trains, so its loss has no graph. Leave skip_frozen_gradients out, or train the head too."
-            )
-        for tensor in tensors:
+        for tensor in tensors_of(output):
             if tensor.grad_fn is not None:  # a parameter that the model returns would keep the hook for ever
                 tensor.register_hook(begins)
 

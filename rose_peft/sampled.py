@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from .inputs import Rows, take_rows, tensors_inside, without_cache
+from .inputs import take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .outputs import asking_for_logits
 from .risk import Call, Head, RiskWindow
@@ -68,16 +68,27 @@ def take_sample(call: Call, output: object, head: Head, fraction: float, *, at_o
     logits = () if asking else head.logits(output)
     kwargs, results = without_cache(call.args, call.kwargs), [len(part) for part in logits]
     inner = list(call.module.modules())
+    if any(getattr(config, "alora_invocation_tokens", None) for config in _adapter_configs(inner)):
+        return take_all(call, output)  # PEFT has given each row of the whole batch its place
     least = 2 if any(isinstance(module, _BatchNorm) for module in inner) else 1  # of one row there is no variance
     rows = take_rows(call.args, kwargs, fraction, results, least=least)
-    if any(getattr(config, "alora_invocation_tokens", None) for config in _adapter_configs(inner)):
-        rows = Rows(call.args, kwargs, None)  # PEFT has given each row of the whole batch its place
     twice = None
     # One call takes half as many kernels, and lets go of each gradient as it comes.
     if at_once and rows.index is not None and _rows_are_apart(call.module, logits):
         doubled = take_rows(call.args, kwargs, fraction, results, times=2)
         twice = Call(call.module, doubled.args, doubled.kwargs, {})
     return Sample(Call(call.module, rows.args, rows.kwargs, {}), twice, asking, rows.index is None, rows.share)
+
+
+def take_all(call: Call, output: object) -> Sample:
+    """Take the whole batch of a call, whose rows cannot be taken apart.
+
+    Args:
+        call: The user's call.
+        output: What it returned.
+    """
+    whole = Call(call.module, call.args, without_cache(call.args, call.kwargs), {})
+    return Sample(whole, None, asking_for_logits(output, call.kwargs), whole=True, share=1.0)
 
 
 def _adapter_configs(modules: Sequence[nn.Module]) -> Iterator[Any]:

@@ -74,7 +74,7 @@ class RoseSelector:
         self._homes = Homes(model)
         self._flights = Flights()
         self._dropout: TrainingDropout | None = None
-        self._hold_dropout(config.dropout)
+        self.hold_dropout(config.dropout)
         self.passes = Passes(host, self.live, self.processes, self.adapters.training, self._scores)
         self._hooks = ForwardHooks(
             host, model, self._before_forward, self.passes.after, self.passes.ended, self._flights.settle
@@ -162,8 +162,12 @@ class RoseSelector:
     def _scores(self) -> Scores:
         return self.scores
 
-    def _hold_dropout(self, probability: float | None) -> None:
-        """Set the dropout that the adapter that trains asks for; None puts the model's own back."""
+    def hold_dropout(self, probability: float | None) -> None:
+        """Set the dropout that the adapter that trains asks for, until its next training call says otherwise.
+
+        Args:
+            probability: In (0, 1); None puts the model's own back.
+        """
         if (None if self._dropout is None else self._dropout.probability) == probability:
             return
         if self._dropout is not None:
@@ -178,7 +182,7 @@ class RoseSelector:
             training = self.adapters.training() if module.training else []
             self._homes.follow()
             if training:
-                self._hold_dropout(training[0].config.dropout)
+                self.hold_dropout(training[0].config.dropout)
             self.passes.before(module, kwargs)
             inside = self._engine.optimizer
             if inside is not None and module.training:  # what an engine loads goes past the user's hands

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft import PeftType
@@ -78,6 +78,9 @@ class ROSEModel(BaseTuner):
                 "base_config cannot be added to a model that is fully fine-tuned with ROSE; start from the base model "
                 "(model.unload()) and call get_peft_model with it."
             )
+        selector = find_selector(model)
+        if selector is not None:
+            selector.hold_dropout(None)  # or the copies that are made now would take it for the model's own
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _replace_children(model, {id(layer.base_layer): layer for layer in _rose_layers(model)})
         tie_copies(self.model, adapter_name)
@@ -269,27 +272,40 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
 
     A model may reach its modules through lists, tuples and dictionaries of its own, too.
     """
+    seen: set[int] = set()
     for parent in list(model.modules()):
-        others = {key: module for key, module in replacements.items() if module is not parent}
+
+        def replaced(child: nn.Module, parent: nn.Module = parent) -> nn.Module:
+            found = replacements.get(id(child), child)
+            return child if found is parent else found
+
         for name, child in parent._modules.items():
-            parent._modules[name] = others.get(id(child), child) if child is not None else None
+            if child is not None:
+                parent._modules[name] = replaced(child)
         for name, value in vars(parent).items():
             if name not in ("_modules", "_parameters", "_buffers"):
-                parent.__dict__[name] = _replaced(value, others)
+                parent.__dict__[name] = _replaced_inside(value, replaced, seen)
 
 
-def _replaced(value: Any, replacements: dict[int, nn.Module]) -> Any:
-    """A value with modules replaced in it: lists and dictionaries in place, for others may hold them too."""
+def _replaced_inside(value: Any, replaced: Callable[[nn.Module], nn.Module], seen: set[int]) -> Any:
+    """A value with modules replaced in it: lists and dictionaries in place, for others may hold them too.
+
+    Args:
+        value: Anything.
+        replaced: Gives what stands in the place of a module.
+        seen: Identities of lists and dictionaries that are done; they may hold each other.
+    """
     if isinstance(value, nn.Module):
-        return replacements.get(id(value), value)
+        return replaced(value)
     if type(value) is tuple:
-        found = tuple(_replaced(item, replacements) for item in value)
+        found = tuple(_replaced_inside(item, replaced, seen) for item in value)
         return found if any(one is not other for one, other in zip(found, value, strict=True)) else value
-    places = enumerate(value) if type(value) is list else value.items() if type(value) is dict else ()
-    for place, item in list(places):
-        found = _replaced(item, replacements)
-        if found is not item:
-            value[place] = found
+    if type(value) in (list, dict) and id(value) not in seen:
+        seen.add(id(value))
+        for place, item in list(enumerate(value) if type(value) is list else value.items()):
+            found = _replaced_inside(item, replaced, seen)
+            if found is not item:
+                value[place] = found
     return value
 
 

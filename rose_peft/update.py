@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from .engines.seam import Group, Part
 from .errors import UnsupportedOptimizerError
-from .norms import local_part
+from .norms import local_part, wide_dtype
 from .optimizers import MomentumRule, momentum_of, momentum_rule, readable_rule, restore_groups, split_groups
 from .scores import Stepping
 
@@ -189,7 +189,7 @@ class MaskedStep:
         weights_now = part.of(part.holder)
         state = self._optimizer.state.get(part.holder, {})
         masters = {key: value for key, value in state.items() if _is_master(key, value, item)}
-        owed = [(key, value) for key, value in state.items() if _is_compensation(key, value)]
+        owed = [(key, value) for key, value in state.items() if _is_owed(key, value, item)]
         if share > 0:
             if not saved.results:  # made before anything is written, so that writing may be repeated
                 for key, value in masters.items():
@@ -210,6 +210,9 @@ class MaskedStep:
         for key, value in masters.items():
             if saved.state.get(key) is None:
                 part.of(value).copy_(saved.weights)
+        for key, value in owed:
+            if saved.state.get(key) is None:
+                part.of(value).zero_()
         for key, before in saved.state.items():
             value = state.get(key)
             if isinstance(value, Tensor):
@@ -344,9 +347,9 @@ def _is_master(key: str, value: Any, item: Masked) -> bool:
     return marked and isinstance(value, Tensor) and value.is_floating_point() and value.shape == item.part.holder.shape
 
 
-# What rounding has kept from the weights so far and later steps pay out, and momenta with a longer memory beside the
-# one that is known.
-_COMPENSATION_MARKS = ("comp", "kahan")
+# What rounding has kept from the weights so far, for later steps to pay out: Kahan's compensation.
+_OWED = ("comp", "compensation", "kahan_comp", "kahan_compensation")
+# Momenta with a longer memory beside the one that is known.
 _SLOW_MARK = "slow"
 
 
@@ -363,20 +366,21 @@ def _masked_with_owed(saved: _Saved, key: str, weights: Tensor, owed: Tensor) ->
         (what to write to, its value).
     """
     before = saved.state.get(key)
-    start, end = saved.weights.double(), weights.double() + owed.double()
-    exact = torch.lerp(start if before is None else start + before.double(), end, saved.masked.share)
+    wide = wide_dtype(weights.device)
+    start, end = saved.weights.to(wide), weights.to(wide) + owed.to(wide)
+    exact = torch.lerp(start if before is None else start + before.to(wide), end, saved.masked.share)
     rounded = exact.to(weights.dtype)
-    return [(weights, rounded), (owed, (exact - rounded.double()).to(owed.dtype))]
+    return [(weights, rounded), (owed, (exact - rounded.to(wide)).to(owed.dtype))]
 
 
-def _is_compensation(key: str, value: Any) -> bool:
-    marked = any(mark in str(key).lower() for mark in _COMPENSATION_MARKS)
-    return marked and isinstance(value, Tensor) and value.is_floating_point()
+def _is_owed(key: str, value: Any, item: Masked) -> bool:
+    known = str(key).lower() in _OWED and isinstance(value, Tensor) and value.is_floating_point()
+    return known and value.shape == item.part.holder.shape
 
 
 def _is_kept(key: str, value: Any, item: Masked) -> bool:
     """Whether a tensor of the optimizer's state must not move with a masked parameter."""
-    if _is_master(key, value, item) or _is_compensation(key, value):
+    if _is_master(key, value, item) or _is_owed(key, value, item):
         return True
     if not isinstance(value, Tensor) or item.share > 0:
         return False

@@ -177,7 +177,7 @@ class Watchdog:
         kinds = {_kind(self._units[index]) for index in reached}
         unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
         if 2 * len(unreached) >= len(trained):  # zeros that zero_grad(set_to_none=False) left are asked for only here
-            trained = {index for index, param in stepping if param.grad is None or bool(param.grad.any())}
+            trained = {index for index, param in stepping if param.grad is None or local_part(param.grad).any()}
             unreached = [index for index in unreached if index in trained]
         if unreached and 2 * len(unreached) >= len(trained):
             raise RoseInactiveError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,12 +16,10 @@ from rose_peft import (
     RoseConfigError,
     Scores,
     UnsupportedEngineError,
-    UnsupportedModelError,
     attach_rose,
     detach_rose,
     get_selector,
 )
-from rose_peft.ahead import plan
 from tests.helpers.steps import adamw
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.watching import assert_masks_acted
@@ -299,20 +296,3 @@ def test_what_the_user_freezes_stays_frozen() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert not frozen.requires_grad and torch.equal(frozen, before)
-
-
-def test_a_call_all_of_whose_units_are_frozen_is_told() -> None:
-    model = tiny_bert()
-    model.requires_grad_(False)
-    for name, param in model.named_parameters():
-        param.requires_grad_("layer.0" in name and param.dim() > 1)
-    selector = attach_rose(model, skipping(upper_quantile=0.5))
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad])
-    model(**batch(model)).loss.backward()
-    optimizer.step()
-    (steered,) = selector.adapters.training()
-    planned = plan(selector.config, selector.scores, selector.state, selector.live.parameters(steered.name))
-    assert planned is not None
-    steered.plan = replace(planned, held_back=[param for param in model.parameters() if param.requires_grad])
-    with pytest.raises(UnsupportedModelError, match="so its loss has no graph"):
-        model(**batch(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -111,3 +112,31 @@ def test_backward_hooks_of_modules_do_not_see_the_risk_pass() -> None:
     config = ROSEConfig(strategy="first_order", risk_pass="sampled", risk_interval=1, upper_quantile=1.0)
     plain = seen(lambda model: None)
     assert len(plain) == 6 and seen(lambda model: attach_rose(model, config)) == plain
+
+
+def test_containers_of_other_kinds_and_deeper_ones_are_left_alone() -> None:
+    block = Block()
+    block.counted, block.ordered, block.deep = Counter(a=1), OrderedDict(a=1), {"a": [1]}
+    with aside(block):
+        block.deep["b"] = [2]
+    assert (block.counted, block.ordered, block.deep) == (Counter(a=1), OrderedDict(a=1), {"a": [1]})
+
+
+def test_what_two_modules_share_they_share_in_the_pass_too() -> None:
+    first, second, shared = Block(), Block(), torch.zeros(8)
+    first.mean = second.mean = shared
+    second.register_buffer("also", shared)
+    with aside(nn.ModuleList([first, second])):
+        first.mean.add_(1)
+        assert first.mean is second.mean is second.also is not shared
+    assert first.mean is second.mean is second.also is shared and not shared.any()
+
+
+def test_an_auxiliary_loss_that_is_added_up_in_place_keeps_its_graph() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    block = Block()
+    block.total = (2 * weight).sum()
+    with aside(block):
+        block.total += (3 * weight).sum()
+    block.total.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [2, 2]

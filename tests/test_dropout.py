@@ -220,3 +220,37 @@ def test_each_adapter_trains_with_the_dropout_that_it_asks_for(first: float | No
     assert probabilities() == {second or 0.1}
     model.set_adapter("default")
     assert probabilities() == {first or 0.1}
+
+
+def test_the_copy_of_a_further_adapter_has_the_models_own_dropout() -> None:
+    """A number that a leaf drops with is copied with it, while another adapter holds it."""
+
+    class Leaf(nn.Linear):
+        dropout = 0.0
+
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.dropout = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), self.dropout, self.training)
+
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(Leaf()) for _ in range(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            for layer in self.layers:
+                x = layer(x)
+            return {"logits": x}
+
+    model = get_peft_model(Leaves(), ROSEConfig(strategy="first_order", dropout=0.3))
+    model.add_adapter("other", ROSEConfig(strategy="second_order"))
+    model.train()
+    numbers = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        model(x=torch.ones(2, 4))
+        numbers[name] = {block[0].rose_copy[name].dropout for block in model.base_model.model.layers}
+    assert numbers == {"default": {0.3}, "other": {0.0}}

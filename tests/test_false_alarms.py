@@ -443,3 +443,45 @@ def test_after_a_learning_rate_finder_everything_starts_anew() -> None:
         optimizer.load_state_dict(copy.deepcopy(before[1]))
     assert [entry[1:] for entry in kept[:4]] == [entry[1:] for entry in kept[4:]]
     assert set(kept[0][2]) == {1.0} and set(kept[3][2]) != {1.0}
+
+
+def test_an_optimizer_without_momenta_may_get_new_groups() -> None:
+    """It has no state before its first step and none after it: that tells nothing of having been put back."""
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy="first_order"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for seed in range(4):
+        if seed == 2:
+            optimizer.param_groups = [{**optimizer.defaults, "params": list(model.parameters())}]
+        model(**batch(model, seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(selector.state.steps) == 4
+
+
+def test_two_calls_of_a_step_one_of_which_uses_frozen_units_alone() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.branches = nn.ModuleList(
+                nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.2)) for _ in range(2))
+                for _ in range(2)
+            )
+            self.head = nn.Linear(8, 3).requires_grad_(False)
+
+        def forward(self, x: Tensor, branch: int) -> dict[str, Tensor]:
+            for layer in self.branches[branch]:
+                x = layer(x)
+            return {"logits": self.head(x) * (1 + 9 * branch)}
+
+    model = Branches().train()
+    fields = {"strategy": "first_order", "risk_pass": "sampled", "skip_frozen_gradients": True, "upper_quantile": 0.5}
+    selector = attach_rose(model, ROSEConfig(**fields))
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad])
+    for _ in range(10):
+        x = torch.randn(8, 8)
+        (model(x=x, branch=0)["logits"].square().mean() + model(x=x, branch=1)["logits"].square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(selector.state.steps) == 10

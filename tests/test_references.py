@@ -83,3 +83,15 @@ def test_a_further_adapter_trains_what_the_model_reaches() -> None:
     plain = trained(Referring()).state_dict()
     merged = trained(model).merge_and_unload().state_dict()
     assert all(torch.equal(value, plain[name]) for name, value in merged.items())
+
+
+def test_containers_that_hold_each_other_and_modules_that_hold_themselves() -> None:
+    model = Referring()
+    tree: dict[str, object] = {"child": {}}
+    tree["child"]["parent"] = tree  # type: ignore[index]
+    model.tree = model.layers[0]["a"].tree = tree
+    model.layers[0]["a"].chain = [model.layers[0]["a"]]
+    model = get_peft_model(model, ROSEConfig(strategy="second_order", upper_quantile=1.0))
+    plain = trained(Referring()).state_dict()
+    merged = trained(model).merge_and_unload()
+    assert all(torch.equal(value, plain[name]) for name, value in merged.state_dict().items())

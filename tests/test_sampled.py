@@ -967,6 +967,28 @@ def test_a_model_that_does_not_take_some_rows_gets_all_of_them() -> None:
     assert selector.statistics().whole_risk_passes == 3 == int(selector.state.steps)
 
 
+def test_the_whole_batch_in_the_place_of_some_rows_advances_no_cache() -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_key_value_heads": 1, "attention_dropout": 0.1}
+
+    class Weighted(tf.LlamaForCausalLM):
+        def forward(self, *args: Any, weights: Tensor, **kwargs: Any) -> Any:
+            if len(weights) != 4:
+                raise KeyError("weights must be of 4 classes")
+            return super().forward(*args, **kwargs)
+
+    model = Weighted(tf.LlamaConfig(**sizes)).train()
+    selector = attach_rose(model, sampled())
+    cache = tf.DynamicCache()
+    inputs = {"input_ids": torch.ones(4, 5, dtype=torch.long), "weights": torch.ones(4)}
+    with pytest.warns(UserWarning, match="KeyError"):
+        output = model(**inputs, past_key_values=cache)
+    assert cache.get_seq_length() == 5
+    output.logits.square().mean().backward()
+    torch.optim.AdamW(model.parameters()).step()
+    assert selector.statistics().whole_risk_passes == 1
+
+
 def test_adapters_that_know_the_place_of_each_row_get_the_whole_batch() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}

@@ -826,6 +826,7 @@ class Compensated(torch.optim.Optimizer):
             state = self.state[param]
             if not state:
                 state |= {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq", "kahan_comp")}
+                state["compute_time"] = torch.zeros(())  # is none
             state["exp_avg"].mul_(0.9).add_(param.grad, alpha=0.1)
             state["exp_avg_sq"].mul_(0.999).addcmul_(param.grad, param.grad, value=0.001)
             owed = state["kahan_comp"].add_(state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(1e-8), alpha=-1e-3)
