@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,7 +24,9 @@ def aside(module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(attributes_kept(module))
         stack.enter_context(_without_checkpoints(module))
-        stack.enter_context(_without_backward_hooks(module))
+        modules = list(module.modules())
+        stack.enter_context(without_hooks(inner._backward_hooks for inner in modules))
+        stack.enter_context(without_hooks(inner._backward_pre_hooks for inner in modules))
         stack.enter_context(_own_draws(module))
         yield
 
@@ -93,19 +95,21 @@ def _without_checkpoints(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _without_backward_hooks(module: nn.Module) -> Iterator[None]:
-    """Keep the backward hooks of modules out of a gradient that is ours: it is none of the training's."""
-    found = [
-        hooks for inner in module.modules() for hooks in (inner._backward_hooks, inner._backward_pre_hooks) if hooks
-    ]
-    kept = [dict(hooks) for hooks in found]
-    for hooks in found:
-        hooks.clear()
+def without_hooks(hooks: Iterable[dict[Any, Any] | None]) -> Iterator[None]:
+    """Keep the user's backward hooks out of a gradient that is ours: it is none of the training's.
+
+    Args:
+        hooks: Where tensors or modules keep them.
+    """
+    found = [each for each in hooks if each]
+    kept = [dict(each) for each in found]
+    for each in found:
+        each.clear()
     try:
         yield
     finally:
-        for hooks, before in zip(found, kept, strict=True):
-            hooks.update(before)
+        for each, before in zip(found, kept, strict=True):
+            each.update(before)
 
 
 @contextmanager

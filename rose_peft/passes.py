@@ -216,8 +216,9 @@ class Passes:
     def _warn_of_whole(self, error: Exception) -> None:
         if not self._whole_warned:
             self._whole_warned = True
+            why = next(iter(str(error).splitlines()), "")[:200]
             warnings.warn(
-                f"the model does not take some rows of its batch ({type(error).__name__}: {error}), so sampled risk "
+                f"the model does not take some rows of its batch ({type(error).__name__}: {why}), so sampled risk "
                 "passes take the whole batch where that happens (`whole_risk_passes` counts them).",
                 stacklevel=2,
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .aside import attributes_kept
+from .aside import attributes_kept, without_hooks
 from .average import RiskFigures
 from .divergence import logits_divergence
 from .errors import RoseInactiveError, UnsupportedEngineError, UnsupportedModelError
@@ -190,7 +190,11 @@ class RiskWindow:
         """
         tensors = [param for _, param in parameters]
         wanted = {id(param): index for index, param in parameters if index in self._sizes}
-        with _without_hooks(tensors), _norms_on_arrival(tensors, wanted) as (norms, kept), _typed_errors():
+        with (
+            without_hooks(tensor._backward_hooks for tensor in tensors),
+            _norms_on_arrival(tensors, wanted) as (norms, kept),
+            _typed_errors(),
+        ):
             torch.autograd.grad(value * scale, tensors, retain_graph=retain_graph, allow_unused=True)
         # In the order of the parameters, not of their arrival, so that sums are the same every time.
         found = [(index, norms[id(param)]) for index, param in parameters if id(param) in norms]
@@ -331,17 +335,3 @@ def _norms_on_arrival(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keep the user's `param.register_hook(...)` out of a gradient that is ours: it is none of the training's."""
-    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
-    kept = [dict(found) for found in hooks]
-    for found in hooks:
-        found.clear()
-    try:
-        yield
-    finally:
-        for found, before in zip(hooks, kept, strict=True):
-            found.update(before)

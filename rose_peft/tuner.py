@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftType
@@ -274,36 +274,32 @@ def _replace_children(model: nn.Module, replacements: dict[int, nn.Module]) -> N
     """
     seen: set[int] = set()
     for parent in list(model.modules()):
-
-        def replaced(child: nn.Module, parent: nn.Module = parent) -> nn.Module:
-            found = replacements.get(id(child), child)
-            return child if found is parent else found
-
+        if isinstance(parent, RoseLayer):  # what it is around stays inside
+            continue
         for name, child in parent._modules.items():
-            if child is not None:
-                parent._modules[name] = replaced(child)
+            parent._modules[name] = replacements.get(id(child), child)
         for name, value in vars(parent).items():
             if name not in ("_modules", "_parameters", "_buffers"):
-                parent.__dict__[name] = _replaced_inside(value, replaced, seen)
+                parent.__dict__[name] = _replaced_inside(value, replacements, seen)
 
 
-def _replaced_inside(value: Any, replaced: Callable[[nn.Module], nn.Module], seen: set[int]) -> Any:
+def _replaced_inside(value: Any, replacements: dict[int, nn.Module], seen: set[int]) -> Any:
     """A value with modules replaced in it: lists and dictionaries in place, for others may hold them too.
 
     Args:
         value: Anything.
-        replaced: Gives what stands in the place of a module.
+        replacements: Modules by the identities of those in whose place they stand.
         seen: Identities of lists and dictionaries that are done; they may hold each other.
     """
     if isinstance(value, nn.Module):
-        return replaced(value)
+        return replacements.get(id(value), value)
     if type(value) is tuple:
-        found = tuple(_replaced_inside(item, replaced, seen) for item in value)
+        found = tuple(_replaced_inside(item, replacements, seen) for item in value)
         return found if any(one is not other for one, other in zip(found, value, strict=True)) else value
     if type(value) in (list, dict) and id(value) not in seen:
         seen.add(id(value))
         for place, item in list(enumerate(value) if type(value) is list else value.items()):
-            found = _replaced_inside(item, replaced, seen)
+            found = _replaced_inside(item, replacements, seen)
             if found is not item:
                 value[place] = found
     return value

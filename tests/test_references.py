@@ -95,3 +95,4 @@ def test_containers_that_hold_each_other_and_modules_that_hold_themselves() -> N
     plain = trained(Referring()).state_dict()
     merged = trained(model).merge_and_unload()
     assert all(torch.equal(value, plain[name]) for name, value in merged.state_dict().items())
+    assert merged.layers[0]["a"].chain == [merged.layers[0]["a"]]
