@@ -293,13 +293,14 @@ def stepper(args: TrainArguments) -> Step:
 
 
 def _products() -> str:
-    """Name the type in which float32 matrices are multiplied here: the machine decides what "medium" can be."""
-    if torch.get_float32_matmul_precision() == "highest":
-        return "float32"
-    if torch.cuda.is_available():
-        return "tf32"
-    has = torch.cpu.get_capabilities()
-    return "bfloat16" if torch.get_float32_matmul_precision() == "medium" and has.get("avx512_bf16") else "float32"
+    """Name the type in which float32 matrices are multiplied here, by what is left of a number.
+
+    The machine decides what "medium" is, and of two with the same instructions only one may use them.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    number = torch.full((256, 256), 1 + 2**-9 + 2**-14, device=device)
+    left = torch.mm(number, torch.eye(256, device=device))[0, 0].item()
+    return {1.0: "bfloat16", 1 + 2**-9: "tf32"}.get(left, "float32")
 
 
 def _best(tried: list[dict[str, Any]], candidates: list[Candidate]) -> Candidate:

@@ -248,15 +248,15 @@ def test_a_cell_that_fails_is_named_and_the_others_run(
 
 
 @pytest.mark.parametrize(
-    ("precision", "instructions", "products"),
-    [("medium", True, "bfloat16"), ("medium", False, "float32"), (None, True, "float32")],
+    ("precision", "fraction_bits", "products"),
+    [("medium", 7, "bfloat16"), ("medium", 10, "tf32"), ("medium", 23, "float32"), (None, 23, "float32")],
 )
 def test_the_grid_says_how_float32_is_multiplied_and_each_result_what_the_machine_made_of_it(
     inputs: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     precision: str | None,
-    instructions: bool,
+    fraction_bits: int,
     products: str,
 ) -> None:
     fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8})
@@ -268,7 +268,12 @@ def test_the_grid_says_how_float32_is_multiplied_and_each_result_what_the_machin
 
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": instructions})
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        a, b = ((part.view(torch.int32) >> 23 - fraction_bits << 23 - fraction_bits) for part in (left, right))
+        return a.view(torch.float32) @ b.view(torch.float32)
+
+    monkeypatch.setattr(torch, "mm", multiply)
     grid = content(inputs, seeds=[0], cost_rounds=0, **({} if precision is None else {"matmul_precision": precision}))
     assert compare.main(options(inputs, tmp_path / "g", grid)) == 0
     assert set(seen) == {precision or "highest"} and torch.get_float32_matmul_precision() == "highest"
