@@ -200,7 +200,7 @@ class Comparison:
         return True
 
     def _search_file(self, task: str, method: str) -> Path:
-        return self._place(self.grid.searched_on(task), method) / "search.json"
+        return self._place(*self.grid.decided_by(task, method)) / "search.json"
 
     def _config(self, candidate: Candidate) -> dict[str, Any]:
         """Settings of a cell, by which its result is known again."""
@@ -213,7 +213,7 @@ class Comparison:
 
     def _search(self, task: str, method: str) -> dict[str, Any]:
         """Settings of highest clean accuracy with the first seed; each try is written down as soon as it is known."""
-        task = self.grid.searched_on(task)
+        task, method = self.grid.decided_by(task, method)
         candidates = self.grid.candidates(task, method, self.grid.seeds[0])
         if len(candidates) == 1:
             return candidates[0].searched

@@ -29,7 +29,7 @@ TRAIN_TYPES = {option.name: str(option.type) for option in dataclasses.fields(Tr
 RESERVED = {"data_dir", "seed", "output_dir", "resume", "overwrite"}
 # What tasks alone decide.
 DATA = {"task", "train_file", "validation_file"}
-# An entry of a task that is no option of train.py: the task whose search it goes by.
+# An entry of a task or method that is no option of train.py: the task or method whose search it goes by.
 SETTINGS_OF = "settings_of"
 ENTRIES = "entries of its own"
 GRID_KINDS: dict[str, tuple[type, str]] = {
@@ -148,7 +148,8 @@ class Grid:
         tasks: Task -> options of train.py for it. Other data than GLUE's have a name of their own, `train_file` and
             `validation_file`, and as `task` the one of GLUE that has their columns and labels. One with `settings_of`
             searches nothing: each method has the settings there that it found on the task of that name.
-        methods: Method -> its options, with `search` for settings of its own to try.
+        methods: Method -> its options, with `search` for settings of its own to try. One with `settings_of` searches
+            nothing: it has the settings that the method of that name found.
         common: Options of train.py for all.
         search: Option -> values to try, on the first seed, by clean accuracy alone.
         evaluation: What is measured.
@@ -170,7 +171,7 @@ class Grid:
 
     def candidates(self, task: str, method: str, seed: int) -> list[Candidate]:
         """Every setting that the search tries for a method on a task."""
-        own = {name: value for name, value in self.methods[method].items() if name != "search"}
+        own = {name: value for name, value in self.methods[method].items() if name not in ("search", SETTINGS_OF)}
         of_task = {name: value for name, value in self.tasks[task].items() if name != SETTINGS_OF}
         options = with_preset({**self.common, **of_task, **own})
         space = self.space(method)
@@ -180,12 +181,13 @@ class Grid:
         return [Candidate(task, method, seed, {**fixed, **row}, row) for row in searched]
 
     def space(self, method: str) -> dict[str, list[Any]]:
-        """What the search tries for a method: its own settings, or else those of the grid."""
+        """What the search tries for a method, or for the one whose settings it has: its own, or else the grid's."""
+        method = self.methods[method].get(SETTINGS_OF, method)
         return self.methods[method].get("search", self.search)
 
-    def searched_on(self, task: str) -> str:
-        """The task whose search decides about the settings on a task: another where it says so, or itself."""
-        return self.tasks[task].get(SETTINGS_OF, task)
+    def decided_by(self, task: str, method: str) -> tuple[str, str]:
+        """The task and method whose search decides about the settings of a cell: others where it says so."""
+        return self.tasks[task].get(SETTINGS_OF, task), self.methods[method].get(SETTINGS_OF, method)
 
     def all_candidates(self) -> Iterator[Candidate]:
         """Every setting of every method on every task, with the first seed."""
@@ -237,15 +239,14 @@ def _check(grid: Grid) -> None:
     for name, options in grid.tasks.items():
         _known([options.get("task", name)], TASKS, "tasks")
         _known(options, of_tasks | {SETTINGS_OF}, name)
-        source = grid.searched_on(name)
-        searching = [task for task, own in grid.tasks.items() if SETTINGS_OF not in own]
-        if SETTINGS_OF in options and source not in searching:
-            names = ", ".join(searching) or "another one"
-            raise InputError(f"grid: settings_of={source!r} of {name!r} is no task that searches; name {names}.")
+        _check_settings_of(name, grid.tasks, "task")
         if "task" in options and "train_file" not in options:
             raise InputError(f"grid: task={options['task']!r} of {name!r} goes with a train_file and validation_file.")
     for name, options in grid.methods.items():
-        _known(options, free | {"search"}, name)
+        _known(options, free | {"search", SETTINGS_OF}, name)
+        _check_settings_of(name, grid.methods, "method")
+        if {"search", SETTINGS_OF} <= options.keys():
+            raise InputError(f"grid: method {name!r} has a search and settings_of; leave one out.")
         _check_search(grid.space(name), free, options, name)
     if grid.baseline not in grid.methods:
         raise InputError(f"grid: baseline={grid.baseline!r} is no method; choose one of {', '.join(grid.methods)}.")
@@ -271,6 +272,14 @@ def _check(grid: Grid) -> None:
             candidate.arguments(Path("unused"), None).refuse_without_effect(own)
         except (ValueError, TypeError, RoseConfigError) as error:
             raise InputError(f"grid: {candidate.task}, {candidate.method}: {reason(error)}") from error
+
+
+def _check_settings_of(name: str, entries: dict[str, dict[str, Any]], kind: str) -> None:
+    searching = [other for other, own in entries.items() if SETTINGS_OF not in own]
+    source = entries[name].get(SETTINGS_OF)
+    if SETTINGS_OF in entries[name] and source not in searching:
+        names = ", ".join(searching) or "another one"
+        raise InputError(f"grid: settings_of={source!r} of {name!r} is no {kind} that searches; name {names}.")
 
 
 def _tries(space: dict[str, list[Any]]) -> int:

@@ -410,6 +410,14 @@ def test_a_truncated_result_is_named_and_kept(
             "settings_of='rte' of 'sst2' is no task that searches; name qnli.",
         ),
         (
+            {"methods": {"plain": {}, "x": {"settings_of": "plan"}}},
+            "settings_of='plan' of 'x' is no method that searches; name plain.",
+        ),
+        (
+            {"methods": {"plain": {}, "x": {"settings_of": "plain", "search": {"learning_rate": [1e-3, 3e-3]}}}},
+            "method 'x' has a search and settings_of; leave one out",
+        ),
+        (
             {"methods": {"plain": {"strategy": "none", "learning_rate": 7e-5}}},
             "learning_rate of 'plain' is 7e-05 and searched too",
         ),
@@ -634,6 +642,29 @@ def test_a_task_may_have_the_settings_that_another_one_found(
     search.write_text(json.dumps([{**entry, "clean": 1 - entry["clean"]} for entry in tried]))
     assert compare.main([*line, "--tasks", "other"]) == 2  # its result is of settings that won no longer
     assert "learning_rate=0.003 in" in capsys.readouterr().err
+
+
+def test_a_method_may_have_the_settings_that_another_one_found(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake(monkeypatch, {1e-3: 0.6, 3e-3: 0.8})
+    space = {"learning_rate": [1e-3, 3e-3], "upper_quantile": [0.4, 0.7]}
+    methods = {
+        "plain": {"strategy": "none"},
+        "dear": {"strategy": "first_order", "risk_pass": "paired", "settings_of": "cheap"},
+        "cheap": {"strategy": "ensemble", "risk_pass": "sampled", "search": space},
+    }
+    line = options(inputs, tmp_path / "g", content(inputs, methods=methods, cost_rounds=0, seeds=[0]))
+    assert compare.main([*line, "--methods", "dear"]) == 0
+    # Four tries of the other method, whose own cell is not asked for, and one run of its own.
+    assert [entry[0] for entry in fake.trained] == ["ensemble"] * 4 + ["first_order"]
+    out = tmp_path / "g" / "out" / "sst2"
+    config = load_result(out / "dear" / "seed0.result.json").config
+    assert config["searched"] == {"learning_rate": 3e-3, "upper_quantile": 0.4}
+    assert (config["options"]["strategy"], config["options"]["risk_pass"]) == ("first_order", "paired")
+    assert (out / "cheap" / "search.json").exists() and not (out / "dear" / "search.json").exists()
+    assert compare.main(line) == 0  # the report takes them together
+    assert "3 runs: 3 methods" in (tmp_path / "g" / "out" / "report.md").read_text()
 
 
 def test_a_preset_is_the_ground_that_other_options_stand_on(inputs: dict[str, str], tmp_path: Path) -> None:
