@@ -52,7 +52,13 @@ class Call:
         Args:
             **changed: Keyword arguments that take the place of the user's.
         """
-        return self.module.forward(*self.args, **{**self.kwargs, **self.caches, **changed})
+        named = {**self.kwargs, **self.caches, **changed}
+        return self.module.forward(*map(_own, self.args), **{name: _own(value) for name, value in named.items()})
+
+
+def _own(value: Any) -> Any:
+    """A copy of labels and the like: some models write into them (`clamp_`), and the user's graph needs them."""
+    return value.clone() if isinstance(value, Tensor) and not value.is_floating_point() else value
 
 
 @dataclass(frozen=True)

@@ -387,7 +387,10 @@ class LiveUnits:
         ]
 
     def dropout_targets(self) -> Iterator[nn.Module]:
-        """The modules in front of which dropout belongs: those with matrices among the units, not norms."""
+        """The modules in front of which dropout belongs: those with matrices among the units, not norms.
+
+        Of a tuner layer and the modules inside it the layer alone, or an input would be dropped twice.
+        """
         owners = {
             id(module)
             for units in self.by_adapter.values()
@@ -395,12 +398,12 @@ class LiveUnits:
             for module, name in unit.slots
             if any(param.dim() > 1 for param in [module._parameters.get(name)] if param is not None)
         }
-        for layer in self.model.modules():
-            if isinstance(layer, BaseTunerLayer):
-                if any(id(module) in owners for module in layer.modules()):
-                    yield layer
-            elif id(layer) in owners and not isinstance(layer, (nn.ModuleDict, nn.ParameterDict)):
-                yield layer
+        inside: set[int] = set()
+        for module in self.model.modules():
+            own = {id(inner) for inner in _internals(module)} if isinstance(module, BaseTunerLayer) else {id(module)}
+            if id(module) not in inside and own & owners and not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
+                yield module
+            inside |= own
 
     def last_module(self) -> nn.Module | None:
         """The last module, in order of depth, whose call uses a unit."""
@@ -410,7 +413,7 @@ class LiveUnits:
         inside: set[int] = set()
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer):
-                own = [inner for child in _internals(module) for inner in child.modules()]
+                own = list(_internals(module))
                 inside.update(map(id, own))
                 if id(module) not in inside and any(id(inner) in owners for inner in own):
                     last = module

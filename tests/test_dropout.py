@@ -172,6 +172,25 @@ def test_an_embedding_as_target_drops_what_it_gives(wrapped: bool, targets: list
     assert torch.equal(whole(ids=ids), whole(ids=ids))
 
 
+@pytest.mark.parametrize("way", ["attached", "full", "lora"])
+def test_an_input_is_dropped_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In front of a tuner layer, and not of the copy or the matrices inside it as well."""
+    seen = []
+    drop = nn.functional.dropout
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, p, *rest: seen.append(p) or drop(x, p, *rest))
+    targets = ["words", "linear"]
+    config = ROSEConfig(strategy="second_order", dropout=0.2, target_modules=None if way == "lora" else targets)
+    if way == "attached":
+        whole: nn.Module = Embedded()
+        attach_rose(whole, config)
+    else:
+        config.base_config = LoraConfig(r=2, target_modules=targets, lora_dropout=0.0) if way == "lora" else None
+        whole = get_peft_model(Embedded(), config)
+    whole.train()
+    whole(ids=torch.ones(2, 3, dtype=torch.int64))
+    assert seen == [0.2] * 4  # what the embedding gives, and the inputs of three matrices
+
+
 def test_an_embedding_under_lora_as_target() -> None:
     model = Embedded()
     ids = torch.randint(3, 32, (4, 8), generator=torch.Generator().manual_seed(0))

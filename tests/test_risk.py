@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rose_peft import ROSEConfig, attach_rose, get_selector
 from rose_peft.risk import RiskWindow
 
 LAYERS, WIDTH = 6, 5
@@ -66,3 +67,29 @@ def test_no_hook_of_ours_stays_also_when_the_gradient_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         square_norms(list(enumerate(layers.parameters())), value)
     assert not any(weight._backward_hooks for weight in layers.parameters())
+
+
+@pytest.mark.parametrize("risk_pass", ["paired", "sampled"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_may_write_into_its_labels(risk_pass: str, by_name: bool) -> None:
+    """As RemBERT and others do for question answering; the graph of the user's loss still needs them."""
+
+    class Clamps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Dropout(0.2), nn.Linear(4, 4)) for _ in range(2)])
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.layers[1](self.layers[0](x))
+            return {"loss": nn.functional.cross_entropy(logits, labels.clamp_(0, 3)), "logits": logits}
+
+    torch.manual_seed(0)
+    model = Clamps()
+    attach_rose(model, ROSEConfig(risk_pass=risk_pass, strategy="first_order"))
+    labels = torch.tensor([0, 3, 9, 9, 1, 2, 0, 9])
+    output = model(torch.randn(8, 4), labels=labels) if by_name else model(torch.randn(8, 4), labels)
+    output["loss"].backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    statistics = get_selector(model).statistics()
+    assert statistics.steps == 1 and statistics.skipped_risk_passes == 0
+    assert labels.tolist() == [0, 3, 3, 3, 1, 2, 0, 3]
