@@ -57,6 +57,8 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             for name in self.adapter_layer_names:
                 setattr(self, name, nn.ParameterDict())
             lay_over(base_layer, self, self.parameter_names)
+        names = {name for name in (*vars(base_layer), *base_layer._buffers) if not name.startswith("_")}
+        self.attribute_names = {name for name in names if name not in vars(self) and not hasattr(RoseLayer, name)}
         self.update_layer(adapter_name)
 
     def update_layer(self, adapter_name: str) -> None:
@@ -290,7 +292,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 delattr(base, _UNMERGED)
 
     # Models read attributes of their modules besides calling them (`self.wo.weight.dtype`, a relative embedding's
-    # weight, `in_features`): what they get must be what a call would use.
+    # weight, `in_features`), and write some (the state of a recurrent unit): they must be those that a call would use.
     @property
     def weight(self) -> Tensor:
         """The weight in use."""
@@ -315,6 +317,8 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             slot = None if adapter_name is None else self.slot(name, adapter_name)
             owner, key = slot if slot is not None else (self.base_layer, name)
             owner._parameters[key] = value  # `tie_weights` ties what is in use
+        elif name in self.__dict__.get("attribute_names", ()):
+            setattr(self._module_in_use(), name, value)
         else:
             super().__setattr__(name, value)
 

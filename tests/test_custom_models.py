@@ -1087,6 +1087,50 @@ def test_attributes_of_the_wrapped_module_are_those_in_use() -> None:
         _ = layer.no_such_thing
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_model_writes_into_a_wrapped_module_is_what_its_call_uses(nested: bool) -> None:
+    """As RecurrentGemma gives its recurrent units their first state; marks of others stay where they are put."""
+
+    class Unit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decay = nn.Parameter(torch.ones(4, 4))
+            self.state: Tensor | None = None
+            self.register_buffer("count", torch.zeros(()))
+            self.drop = nn.Dropout(0.1) if nested else lambda x: x
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.state is not None
+            self.state = self.drop(x @ self.decay + self.state)
+            self.count = self.count + 1
+            return self.state
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Unit(), Unit()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                layer.state = torch.zeros_like(x)
+                layer.count = torch.zeros(())
+                x = layer(x)
+            return x
+
+    model = get_peft_model(Model(), ROSEConfig(strategy="second_order", target_modules=["layers.0", "layers.1"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for _ in range(3):
+        model(x=torch.ones(2, 4)).sum().backward()  # a state of the last call would still have its graph
+        optimizer.step()
+        optimizer.zero_grad()
+    layer = model.base_model.model.layers[0]
+    assert isinstance(layer, RoseLayer) and layer.copies_module is not nested
+    inner = layer.base_layer if nested else layer.rose_copy["default"]
+    assert layer.state is inner.state and layer.count is inner.count and layer.count == 1
+    layer.mark = 3
+    assert not hasattr(inner, "mark")
+
+
 def test_set_requires_grad_by_adapter_name() -> None:
     model = MLP.tuned()
     model.set_requires_grad("default", False)
