@@ -58,8 +58,7 @@ def gather(
     standing = Standing(steps, window.calls, steered.state.units, steered.state.last_mask)
     *risk_parts, norms = _fetch(risk_sums, [*first, *second], standing, device, processes, splits)
     risk = window.figures(risk_parts[0]) if risk_parts else None
-    if risk is not None:
-        _check(steered, risk, pairs)
+    _check(steered, risk, pairs)
     known = risk is not None and risk.finite > 0
     squares = risk.square_sum / risk.finite if risk is not None and known else None
     average = None
@@ -86,7 +85,7 @@ def gather(
     return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average, planned)
 
 
-def _check(steered: Steered, risk: RiskFigures, stepping: IndexedTensors) -> None:
+def _check(steered: Steered, risk: RiskFigures | None, stepping: IndexedTensors) -> None:
     """Let the watchdog look at what the risk passes said and reached."""
     steered.watchdog.check_risk(risk)
     if stepping and not steered.window.is_empty:

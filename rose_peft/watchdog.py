@@ -24,7 +24,8 @@ BYPASSED_STEPS = 4
 FROZEN_STEPS = 20
 # Training passes, and steps of optimizers that hold no unit, without a masked step.
 STRAY_STEPS = 50
-# Optimizer steps in a row whose risk passes say nothing (not finite, or both outputs equal although there is dropout).
+# Optimizer steps in a row whose risk passes say nothing: none is finite, or both outputs are equal although there is
+# dropout; of the latter the steps between two sampled passes count too.
 IDLE_STEPS = 50
 
 
@@ -50,6 +51,7 @@ class Watchdog:
         self._frozen_steps = 0
         self._stray_steps = 0
         self._idle_steps = 0
+        self._equal = False
         # Until risk passes have differed once, it is worth its price to compare them to the last bit.
         self.passes_differed = False
         self._stepped = _GradientMark()
@@ -186,31 +188,35 @@ class Watchdog:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
-    def check_risk(self, risk: RiskFigures) -> None:
+    def check_risk(self, risk: RiskFigures | None) -> None:
         """Refuse risk passes that say nothing: no dropout at once, anything else after a while.
 
         Args:
-            risk: What the passes of this step said.
+            risk: What the passes of this step said; None where none was due.
 
         Raises:
             RoseInactiveError: Naming the cause.
         """
-        if risk.bypassed:
+        if risk is not None and risk.bypassed:
             raise self.bypass_error()
-        if risk.passes == 0:
-            return
-        all_equal = risk.equal == risk.passes
-        idle = all_equal or risk.skipped == risk.passes
-        self._idle_steps = self._idle_steps + 1 if idle else 0
-        self.passes_differed |= risk.finite > risk.equal
-        if all_equal:
-            self._check_dropout()
+        if risk is None or risk.passes == 0:
+            self._idle_steps += self._equal
+        else:
+            self._equal = risk.equal == risk.passes
+            idle = self._equal or risk.skipped == risk.passes
+            self._idle_steps = self._idle_steps + 1 if idle else 0
+            self.passes_differed |= risk.finite > risk.equal
+            if self._equal:
+                self._check_dropout()
         if self._idle_steps > IDLE_STEPS:
-            why = "both passes gave the same output" if all_equal else "their gradient was not finite"
-            raise RoseInactiveError(
-                f"the risk passes of the last {self._idle_steps} steps said nothing: {why}. Lower the learning rate, "
-                "use bf16 instead of fp16, or raise dropout in ROSEConfig."
-            )
+            why = "their gradient was not finite. Lower the learning rate, or use bf16 instead of fp16."
+            if self._equal:
+                why = (
+                    "both passes gave the same output, though the model has dropout. Raise dropout in ROSEConfig; "
+                    "where the model makes no use of it (some keep a number that they never read), use "
+                    "strategy='second_order'."
+                )
+            raise RoseInactiveError(f"the risk passes of the last {self._idle_steps} steps said nothing: {why}")
 
     def bypass_error(self) -> RoseInactiveError:
         """The error for gradients from calls that went past the hook."""

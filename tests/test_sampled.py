@@ -595,9 +595,11 @@ class Beside(nn.Module):
         return {"logits": x, "extra": self.dropout(x)}
 
 
-def test_dropout_that_the_logits_do_not_see_is_an_error_after_a_while() -> None:
+@pytest.mark.parametrize("interval", [1, 8])
+def test_dropout_that_the_logits_do_not_see_is_an_error_after_a_while(interval: int) -> None:
+    """After as many steps, however few of them had a pass: no unit is ranked in any of them."""
     model = Beside()
-    attach_rose(model, sampled(risk_interval=1))
+    attach_rose(model, sampled(risk_interval=interval))
     optimizer = adamw(model)
     with pytest.raises(RoseInactiveError, match="both passes gave the same output"):
         for _ in range(watchdog.IDLE_STEPS + 3):
