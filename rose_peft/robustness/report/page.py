@@ -20,7 +20,7 @@ from .comparable import broken_attacks, unequal_budgets, unequal_samples, unequa
 from .equal_clean import gather_courses
 from .frame import Run, columns, gather, seeds_of
 from .pictures import MOST, draw
-from .pooled import pooled_robustness
+from .pooled import pooled_by_task
 from .tables import (
     cost_table,
     difference_table,
@@ -116,7 +116,7 @@ def write_report(
     pictures: list[Path] = []
     of_tasks = {task: with_noise_mean(frame[frame["task"] == task], task) for task in tasks}
     shown = pandas.concat([of_task for of_task, _ in of_tasks.values()], ignore_index=True)
-    pooled, left_out = pooled_robustness(shown, methods, baseline)
+    pooled, left_out = pooled_by_task(shown, methods, baseline)
     in_pictures = methods[:MOST]
     styles = styles_of(in_pictures)
     compared: list[DataFrame] = []
@@ -149,7 +149,7 @@ def write_report(
                 lines += [f"![{caption}, {task}]({path.name})", ""]
         lines += cost_table(of_task, methods)
     lines = [*pooled_table(pooled, left_out, baseline), *lines]
-    compared.append(pooled.assign(task="all", baseline=baseline, measure="pooled_robustness"))
+    compared.append(pooled.assign(baseline=baseline, measure="pooled_robustness"))
     lines += _images(runs, folder, pictures, problems)
     for run in runs:
         for part, lack in run.result.config.get("unavailable", {}).items():

@@ -1,4 +1,4 @@
-"""One figure of robustness per method, over all test sets of all tasks together.
+"""One figure of robustness per method, over all test sets of all tasks together, and the same of each task alone.
 
 Many test sets invite to pick the one that a method wins. Here each counts the same: the difference to the baseline of
 the same seed, in units of how much accuracy on that set varies from seed to seed anyway, then the mean over the sets.
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: What is a test set: named ones, AdvGLUE among them, noise (the mean over it counts as one), and each attack.
 TEST_SETS = ("robust_accuracy", "noise_mean_accuracy", "accuracy_under_attack")
 _SET = ["task", "measure", "part", "rate"]
+#: In place of a task's name, what is pooled over all of them.
+ALL_TASKS = "all"
 # Far below the spread between any two accuracies that differ, and far above rounding.
 _NO_SPREAD = 1e-9
 
@@ -63,6 +65,31 @@ def pooled_robustness(frame: DataFrame, methods: Sequence[str], baseline: str) -
         interval |= {"bootstrap_low": other.low, "bootstrap_high": other.high}
         rows.append({"method": method, "value": found.value, "n": found.n, "sets": gains.shape[1], **interval})
     return DataFrame(rows), left_out
+
+
+def pooled_by_task(frame: DataFrame, methods: Sequence[str], baseline: str) -> tuple[DataFrame, list[str]]:
+    """Pool over all tasks, and where there are several over each: one may have seeds that another still lacks.
+
+    Args:
+        frame: Lines of all tasks.
+        methods: The methods, in the order wanted.
+        baseline: What they are compared with.
+
+    Returns:
+        What `pooled_robustness` finds, method by method, with the task in front; and the sets that are left out.
+    """
+    from pandas import concat
+
+    pooled, left_out = pooled_robustness(frame, methods, baseline)
+    parts = [pooled.assign(task=ALL_TASKS)]
+    tasks = list(dict.fromkeys(frame["task"]))
+    for task in tasks if len(tasks) > 1 else []:
+        parts.append(pooled_robustness(frame[frame["task"] == task], methods, baseline)[0].assign(task=task))
+    found = [part for part in parts if len(part)]
+    if not found:
+        return pooled, left_out
+    table = concat(found, ignore_index=True)
+    return table.sort_values("method", key=lambda names: names.map(list(methods).index), kind="stable"), left_out
 
 
 def _spread_within_methods(values: Series) -> float:

@@ -132,12 +132,12 @@ def _difference(estimate: Estimate, column: Column, emphasise: bool = True) -> s
 
 
 def pooled_table(pooled: DataFrame, left_out: Sequence[str], baseline: str) -> list[str]:
-    """One row per method but the baseline, from what `pooled_robustness` found."""
+    """One row per method but the baseline and task, from what `pooled_by_task` found."""
     if pooled.empty:
         return []
     rows = []
     for row in pooled.itertuples():
-        cells = [f"{row.value:+.2f}"]
+        cells = [str(row.task), f"{row.value:+.2f}"]
         for low, high in ((row.low, row.high), (row.bootstrap_low, row.bootstrap_high)):
             cells.append(f"{low:+.2f} to {high:+.2f}" if row.n > 1 else "-")
         rows.append(_row([row.method, *cells, str(row.n), str(row.sets)]))
@@ -146,9 +146,10 @@ def pooled_table(pooled: DataFrame, left_out: Sequence[str], baseline: str) -> l
         "",
         f"How much more robust than {baseline}, as one figure per method: on each test set the difference with the "
         "same seed, in standard deviations over seeds within methods; the mean over all sets, each counting the same; "
-        "then the mean over seeds with its 95 % intervals.",
+        "then the mean over seeds with its 95 % intervals. A seed counts where a method and the baseline have every "
+        "set, so over all tasks there may be fewer than over one.",
         "",
-        *_head(["pooled robustness", "by Student's t", "by the bootstrap", "seeds", "test sets"]),
+        *_head(["tasks", "pooled robustness", "by Student's t", "by the bootstrap", "seeds", "test sets"]),
         *rows,
         "",
         *([f"Not among them, as all seeds of a method agree there: {', '.join(left_out)}.", ""] if left_out else []),

@@ -99,7 +99,30 @@ def test_the_report_says_it_once_for_all_tasks(tmp_path: Path) -> None:
     report = write_report([tmp_path], tmp_path / "report")
     lines = report.page.read_text().splitlines()
     assert lines.count("## All test sets together") == 1
-    (row,) = (line for line in lines if line.startswith("| rose | +1.50 |"))
+    (row,) = (line for line in lines if line.startswith("| rose | all | +1.50 |"))
     assert row.endswith("| 3 | 4 |")
-    table = pandas.read_csv(tmp_path / "report" / "differences.csv").set_index("measure")
-    assert table.loc["pooled_robustness", "value"] == pytest.approx(1.5)
+    table = pandas.read_csv(tmp_path / "report" / "differences.csv").query("measure == 'pooled_robustness'")
+    assert table["task"].tolist() == ["all", "rte", "sst2"] and table["value"].tolist() == pytest.approx([1.5] * 3)
+
+
+def test_a_task_with_fewer_seeds_takes_none_from_another(tmp_path: Path) -> None:
+    for task, seeds in (("sst2", 3), ("rte", 2)):
+        for method, values in (("plain", PLAIN), ("other", PLAIN), ("rose", ROSE)):
+            for one in results(method, {name: each[:seeds] for name, each in values.items()}, task):
+                one.save(tmp_path / task / method / f"seed{one.seed}.result.json")
+    report = write_report([tmp_path], tmp_path / "report", order=["plain", "rose", "other"])
+    rows = [line for line in report.page.read_text().splitlines() if line.startswith(("| rose | ", "| other | "))]
+    found = [tuple(line.split(" | ")[i].strip(" |") for i in (0, 1, -2, -1)) for line in rows if " to " in line][:6]
+    assert found == [
+        (method, task, seeds, sets)
+        for method in ("rose", "other")
+        for task, seeds, sets in (("all", "2", "4"), ("rte", "2", "2"), ("sst2", "3", "2"))
+    ]
+
+
+def test_one_task_alone_is_said_once(tmp_path: Path) -> None:
+    for method, values in (("plain", PLAIN), ("rose", ROSE)):
+        for one in results(method, values):
+            one.save(tmp_path / method / f"seed{one.seed}.result.json")
+    text = write_report([tmp_path], tmp_path / "report").page.read_text()
+    assert text.count("| rose | all | +1.50 |") == 1 and "| rose | sst2 |" not in text
