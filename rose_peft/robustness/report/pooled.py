@@ -20,6 +20,8 @@ TEST_SETS = ("robust_accuracy", "noise_mean_accuracy", "accuracy_under_attack")
 _SET = ["task", "measure", "part", "rate"]
 #: In place of a task's name, what is pooled over all of them.
 ALL_TASKS = "all"
+# Degrees of freedom without which the spread over seeds is not known to a factor of three.
+_FREEDOM = 3
 # Far below the spread between any two accuracies that differ, and far above rounding.
 _NO_SPREAD = 1e-9
 
@@ -50,7 +52,7 @@ def pooled_robustness(frame: DataFrame, methods: Sequence[str], baseline: str) -
     units = table.apply(_spread_within_methods)
     flat = units.index[units <= _NO_SPREAD]
     left_out = [f"{task} {MEASURES[measure].title.format(part=part)}" for task, measure, part, _ in flat]
-    unknown = units.index[units.isna()]  # one seed of each method, which says nothing of the spread
+    unknown = units.index[units.isna()]  # too few seeds to tell the spread
     table = (table / units).drop(columns=[*flat, *unknown])
     known = set(table.index.get_level_values("method"))
     rows = []
@@ -93,8 +95,8 @@ def pooled_by_task(frame: DataFrame, methods: Sequence[str], baseline: str) -> t
 
 
 def _spread_within_methods(values: Series) -> float:
-    """Root of the squared deviations from each method's mean over their degrees of freedom; NaN without any."""
+    """Root of the squared deviations from each method's mean over their degrees of freedom; NaN with too few."""
     groups = values.dropna().groupby(level="method")
     squares = ((values - groups.transform("mean")) ** 2).sum()
     freedom = int((groups.count() - 1).sum())
-    return float((squares / freedom) ** 0.5) if freedom else float("nan")
+    return float((squares / freedom) ** 0.5) if freedom >= _FREEDOM else float("nan")

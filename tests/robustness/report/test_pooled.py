@@ -88,7 +88,14 @@ def test_what_does_not_vary_has_no_unit_and_is_named() -> None:
     table, left_out = pool(results("plain", {**PLAIN, **flat}), results("rose", {**ROSE, "flat": [0.6, 0.6, 0.6]}))
     assert table["value"].tolist() == pytest.approx([1.5]) and table["sets"].tolist() == [2]
     assert left_out == ["sst2 flat accuracy"]
-    assert pool(results("plain", {"x": [0.5]}), results("rose", {"x": [0.6]}))[0].empty  # one seed has no spread
+
+
+@pytest.mark.parametrize(("seeds", "known"), [((1, 1), False), ((2, 1), False), ((2, 2), False), ((3, 2), True)])
+def test_a_spread_of_few_seeds_is_no_unit(seeds: tuple[int, int], known: bool) -> None:
+    plain, rose = (
+        results(name, {"x": [0.5, 0.51, 0.49][:n]}) for name, n in zip(("plain", "rose"), seeds, strict=True)
+    )
+    assert pool(plain, rose)[0].empty is not known
 
 
 def test_the_report_says_it_once_for_all_tasks(tmp_path: Path) -> None:
