@@ -53,10 +53,10 @@ class Call:
             **changed: Keyword arguments that take the place of the user's.
         """
         named = {**self.kwargs, **self.caches, **changed}
-        return self.module.forward(*map(_own, self.args), **{name: _own(value) for name, value in named.items()})
+        return self.module.forward(*map(_copied, self.args), **{name: _copied(value) for name, value in named.items()})
 
 
-def _own(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     """A copy of labels and the like: some models write into them (`clamp_`), and the user's graph needs them."""
     return value.clone() if isinstance(value, Tensor) and not value.is_floating_point() else value
 
