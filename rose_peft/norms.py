@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .errors import UnsupportedModelError
+
 IndexedTensors = Sequence[tuple[int, Tensor]]
 
 
@@ -35,8 +37,17 @@ def norms_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
     Returns:
         A scalar for each, in float32 or wider.
+
+    Raises:
+        UnsupportedModelError: If one is sparse, as the gradients of some embeddings are.
     """
     found = list(tensors)
+    sparse = next((tensor for tensor in found if tensor.layout != torch.strided), None)
+    if sparse is not None:
+        raise UnsupportedModelError(
+            f"a gradient of shape {tuple(sparse.shape)} is sparse, and units are ranked by norms that sparse tensors "
+            "do not have. Build its embedding with sparse=False, or leave the embedding out of target_modules."
+        )
     norms: list[Tensor] = [*found]
     for kind in {tensor.dtype for tensor in found}:
         places = [place for place, tensor in enumerate(found) if tensor.dtype == kind]

@@ -248,6 +248,21 @@ def test_nothing_but_the_selected_moves_when_all_is_masked() -> None:
     assert all(int(mask.sum()) == 1 for mask in masks)
 
 
+class SparseEmbedding(EmbConv1D):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(12, 5, sparse=True)
+
+
+@pytest.mark.parametrize(
+    "how", [{"risk_pass": "sampled"}, {"risk_pass": "paired"}, {"strategy": "second_order"}], ids=str
+)
+def test_sparse_gradients_are_refused_by_their_shape(how: dict[str, str]) -> None:
+    model = get_peft_model(SparseEmbedding(), ROSEConfig(target_modules=["emb", "lin0"], **how))
+    with pytest.raises(UnsupportedModelError, match=r"gradient of shape \(12, 5\) is sparse.* sparse=False"):
+        train(model, {"x": tokens()}, steps=2)
+
+
 def test_without_targets_a_model_without_blocks_is_refused_with_candidates() -> None:
     with pytest.raises(TargetModulesError, match=r"target_modules=None .*candidates: lin0, norm, lin1"):
         get_peft_model(Mlp(), ROSEConfig())
