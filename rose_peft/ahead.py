@@ -76,6 +76,8 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
     absent[[index for index, _ in parameters]] = False
     ranking = masks.rank(values, unscored, absent, config.lower_quantile, config.upper_quantile)
     frozen = {index for index, mask in enumerate(ranking.mask.tolist()) if mask == 0}
+    if frozen.issuperset(index for index, _ in parameters):
+        frozen = set()  # over an adapter nothing else trains, and a loss without a graph has no backward pass
     return Plan(ranking, [param for index, param in parameters if index in frozen])
 
 

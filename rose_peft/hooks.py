@@ -97,6 +97,7 @@ def _step_begins(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     saving = optimizer.register_state_dict_pre_hook(_settle)
     loading = optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: _settle(optimizer))
     _step_handles[optimizer] = [before, after, saving, loading]
+    optimizer.__dict__["zero_grad"] = _SettlingZeroGrad(optimizer)
 
 
 @torch.compiler.disable
@@ -109,6 +110,36 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for observer in observers():
         observer.after_step(optimizer)
+
+
+class _SettlingZeroGrad:
+    """
+    Stands for an optimizer's `zero_grad` during a step: where that raises, what it left out has gradients as well.
+
+    Args:
+        optimizer: About to step.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._before = optimizer.__dict__.get("zero_grad")  # of the instance alone, as users may replace it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _settle(optimizer)
+            self.remove(optimizer)
+            optimizer.zero_grad(*args, **kwargs)
+
+    def remove(self, optimizer: Optimizer) -> None:
+        """Give an optimizer its own back.
+
+        Args:
+            optimizer: The one that this stands in.
+        """
+        del optimizer.__dict__["zero_grad"]
+        if self._before is not None:
+            optimizer.__dict__["zero_grad"] = self._before
 
 
 def _settle(optimizer: Optimizer) -> None:
@@ -124,6 +155,9 @@ def _step_ends(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, An
 def _take_off(optimizer: Optimizer) -> None:
     for handle in _step_handles.pop(optimizer, []):
         handle.remove()
+    stand_in = optimizer.__dict__.get("zero_grad")
+    if isinstance(stand_in, _SettlingZeroGrad):
+        stand_in.remove(optimizer)
 
 
 class ForwardHooks:

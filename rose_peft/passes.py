@@ -75,6 +75,8 @@ class Passes:
             UnsupportedEngineError: If the engine hides what ROSE needs to see.
             RoseInactiveError: If the weights change without ROSE.
         """
+        if module is self.around.host:
+            self._release_what_was_interrupted()
         if not torch.is_grad_enabled():
             return
         training = self._training()
@@ -137,6 +139,18 @@ class Passes:
         for steered in [] if self.ours else self._training():
             if steered.plan is not None:
                 steered.plan.release()
+
+    def _release_what_was_interrupted(self) -> None:
+        """Let go of what is still held back: torch runs no hook where a KeyboardInterrupt ends a call."""
+        for steered in self._training():
+            if steered.plan is not None and steered.plan.off:
+                steered.plan.release()
+                warnings.warn(
+                    "the last pass was interrupted while frozen units were held back, so until now requires_grad was "
+                    "off for them: an optimizer that was made since then from what requires gradients lacks them. "
+                    "Make it from model.parameters().",
+                    stacklevel=2,
+                )
 
     def stepped_without(self, optimizer: Optimizer) -> None:
         """Look at a step of an optimizer that holds no unit: its engine may hide them, or it misses them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -187,6 +188,48 @@ def test_a_forward_call_that_raises_leaves_everything_training() -> None:
     handle.remove()
     assert held_back == [True]
     assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_an_interrupt_is_told_of_at_the_next_call(where: str) -> None:
+    """torch runs no hook then; whoever makes an optimizer from what requires gradients would leave units out."""
+    model = tiny_bert()
+    attach_rose(model, skipping())
+    optimizer = adamw(model)
+    forward_backward(model, 0)
+    optimizer.step()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    layer = model.bert.encoder.layer[1]
+    if where == "forward":
+        handle = layer.register_forward_pre_hook(interrupt)
+    else:
+        handle = layer.register_forward_hook(lambda module, args, output: output[0].register_hook(interrupt) and None)
+    with pytest.raises(KeyboardInterrupt):
+        forward_backward(model, 1)
+    handle.remove()
+    assert not all(param.requires_grad for param in model.parameters())
+    with torch.no_grad(), pytest.warns(UserWarning, match="interrupted while frozen units were held back"):
+        model(**batch(model, size=8, seed=1))
+    assert all(param.requires_grad for param in model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forward_backward(model, 1)
+
+
+def test_where_everything_is_frozen_gradients_are_built_all_the_same() -> None:
+    """Over an adapter nothing else trains, and a loss without a graph would have no backward pass."""
+    over = LoraConfig(r=2, target_modules=["query"])
+    model = get_peft_model(tiny_bert(), skipping(base_config=over, lower_quantile=0.4, upper_quantile=0.6))
+    model.train()
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+    for step in range(4):
+        forward_backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert get_selector(model).state.last_mask.sum() == 0  # two units, and none lies between the quantiles
 
 
 def compiled_in_place(model: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -155,6 +156,38 @@ def test_an_optimizer_that_raises_before_it_moves_anything(strategy: str) -> Non
         training[2].step()
     assert not differences(everything(*training), before)
     assert not differences(finish(training), expected)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_zero_grad_after_a_step_that_raised_reaches_what_was_frozen(
+    strategy: str, set_to_none: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own AdamW steps without the frozen parameters: they are in none of its groups while it does."""
+    expected = finish(start(strategy))
+    training = start(strategy)
+    model, _, optimizer = training
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(sys.modules["torch.optim.adam"], "adam", out_of_memory)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none)
+    assert not [name for name, param in model.named_parameters() if param.grad is not None and param.grad.any()]
+    assert "zero_grad" not in vars(optimizer)
+    backward(model, STEPS)
+    assert not differences(finish(training), expected)
+
+
+def test_a_zero_grad_of_the_users_own_stays() -> None:
+    training = start("second_order")
+    optimizer, calls = training[2], []
+    optimizer.zero_grad = lambda set_to_none=True: calls.append(set_to_none)
+    optimizer.step()
+    optimizer.zero_grad(False)
+    assert calls == [False]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
