@@ -161,8 +161,9 @@ class Watchdog:
             calls: Training passes through the hook since the last step.
             stepping: (unit index, parameter) with a gradient.
         """
-        # Stepping twice with the same gradients is the user's right.
-        return not calls and not self._stepped.matches(stepping)
+        # Stepping twice with the same gradients is the user's right, and zeros, which zero_grad(set_to_none=False)
+        # leaves on an adapter that rests, come from no pass.
+        return not calls and not self._stepped.matches(stepping) and any(_may_train(param) for _, param in stepping)
 
     def check_reached(self, reached: set[int], stepping: IndexedTensors) -> None:
         """Refuse risk passes that reach too few of the units that train.
@@ -179,7 +180,7 @@ class Watchdog:
         kinds = {_kind(self._units[index]) for index in reached}
         unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
         if 2 * len(unreached) >= len(trained):  # zeros that zero_grad(set_to_none=False) left are asked for only here
-            trained = {index for index, param in stepping if param.grad is None or local_part(param.grad).any()}
+            trained = {index for index, param in stepping if _may_train(param)}
             unreached = [index for index in unreached if index in trained]
         if unreached and 2 * len(unreached) >= len(trained):
             raise RoseInactiveError(
@@ -275,6 +276,11 @@ class _GradientMark:
         grad = self._first(parameters)
         known = self._grad() if self._grad is not None else None
         return grad is known and (grad is None or grad._version == self._version)
+
+
+def _may_train(param: Tensor) -> bool:
+    """Whether a parameter has a gradient that is not all zeros, or one that cannot be seen here."""
+    return param.grad is None or bool(local_part(param.grad).any())
 
 
 def _sample(parameters: IndexedTensors, tensors: int = 8, elements: int = 16) -> list[Tensor]:

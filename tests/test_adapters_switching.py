@@ -67,6 +67,24 @@ def test_gradients_that_are_set_to_zero_belong_to_no_step(kind: str, strategy: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_switch_between_backward_and_step(kind: str) -> None:
+    """Zeros that the other adapter's last step left on it come from no pass that went past ROSE."""
+    model = two_adapters(kind)
+    optimizer = optimizer_of(model)
+    for seed, name in enumerate(("other", "default")):
+        selector = select(model, name)
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    backward(model, 2)
+    before = unit_weights(selector)
+    model.set_adapter("other")
+    optimizer.step()
+    model.set_adapter("default")
+    assert_masks_acted(selector, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_warm_up_ends_for_each_adapter_after_its_own_steps(kind: str) -> None:
     """Alternating tasks: warm-up is counted by adapter, and masks act from then on."""
     model = two_adapters(kind, warmup_steps=WARMUP)
