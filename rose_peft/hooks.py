@@ -123,6 +123,7 @@ class _SettlingZeroGrad:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._before = optimizer.__dict__.get("zero_grad")  # of the instance alone, as users may replace it
+        self.__wrapped__ = self._before or type(optimizer).zero_grad  # Accelerate asks for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         optimizer = self._optimizer()
