@@ -91,10 +91,22 @@ def build(how: str, fields: dict[str, Any], further: dict[str, Any]) -> nn.Modul
 
 ADAMW = {"lr": 0.03, "betas": (0.9, 0.98), "eps": 1e-8}
 SGD = {"lr": 0.03, "momentum": 0.8, "dampening": 0.0, "nesterov": False}
-OPTIMIZERS = {
-    "foreach": (torch.optim.AdamW, {**ADAMW, "weight_decay": 0.1}, {}),
-    "fused": (torch.optim.AdamW, {**ADAMW, "weight_decay": 0.0}, {"fused": True}),
-    "sgd": (torch.optim.SGD, {**SGD, "weight_decay": 0.1}, {}),
+# Class, its options, and what the equations call those that they know by another name or that say the same.
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {
+    "foreach": (torch.optim.AdamW, {**ADAMW, "weight_decay": 0.1}, {**ADAMW, "decay": 0.1}),
+    "fused": (torch.optim.AdamW, {**ADAMW, "weight_decay": 0.0, "fused": True}, {**ADAMW, "decay": 0.0}),
+    "coupled": (torch.optim.Adam, {**ADAMW, "weight_decay": 0.1}, {**ADAMW, "decay": 0.1, "coupled": True}),
+    "amsgrad": (
+        torch.optim.AdamW,
+        {**ADAMW, "weight_decay": 0.1, "amsgrad": True},
+        {**ADAMW, "decay": 0.1, "amsgrad": True},
+    ),
+    "sgd": (torch.optim.SGD, {**SGD, "weight_decay": 0.1}, {**SGD, "decay": 0.1}),
+    "nesterov": (
+        torch.optim.SGD,
+        {**SGD, "weight_decay": 0.0, "nesterov": True},
+        {**SGD, "decay": 0.0, "nesterov": True},
+    ),
 }
 
 
@@ -120,21 +132,20 @@ class Training(RuleBasedStateMachine):
         selector = get_selector(self.model)
         selector.follow()
         names = {id(param): name for name, param in self.model.named_parameters()}
-        _, options, _ = OPTIMIZERS[kind]
-        self.options = {("decay" if name == "weight_decay" else name): value for name, value in options.items()}
+        _, _, equation = OPTIMIZERS[kind]
         memory: dict[str, dict[str, Any]] = {}
         self.shadows = {}
         for adapter, steered in selector.adapters.items():
             units = [[names[id(tensor)] for tensor in unit.tensors()] for unit in steered.units]
             trained = [name for name in names.values() if how != "full" or f".{adapter}." in name]
-            self.shadows[adapter] = Shadow(self.bare, steered.config, units, self.options, memory, trained)
+            self.shadows[adapter] = Shadow(self.bare, steered.config, units, equation, memory, trained)
         self.active = next(iter(self.shadows))
         self.calls = 0
         self.pending = False
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        cls, options, implementation = OPTIMIZERS[self.kind]
-        return cls(model.parameters(), **options, **implementation)
+        cls, options, _ = OPTIMIZERS[self.kind]
+        return cls(model.parameters(), **options)
 
     @property
     def shadow(self) -> Shadow:
