@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from types import CodeType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -127,10 +129,13 @@ class _SettlingZeroGrad:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         optimizer = self._optimizer()
-        if optimizer is not None:
-            _settle(optimizer)
-            self.remove(optimizer)
-            optimizer.zero_grad(*args, **kwargs)
+        if optimizer is None:
+            return
+        _settle(optimizer)
+        if self._before is not None:
+            self._before(*args, **kwargs)
+        else:
+            type(optimizer).zero_grad(optimizer, *args, **kwargs)
 
     def remove(self, optimizer: Optimizer) -> None:
         """Give an optimizer its own back.
@@ -144,8 +149,24 @@ class _SettlingZeroGrad:
 
 
 def _settle(optimizer: Optimizer) -> None:
+    if _is_stepping(optimizer):
+        return  # some let go of the gradients themselves, before they have moved everything
     for observer in observers():
         observer.settle(optimizer)
+
+
+# What torch puts around every optimizer's `step`.
+_STEP: CodeType = cast(Any, Optimizer.profile_hook_step)(lambda optimizer: None).__code__
+
+
+def _is_stepping(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is in the middle of its step, rather than after one that raised."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @torch.compiler.disable

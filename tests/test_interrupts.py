@@ -178,9 +178,33 @@ def test_zero_grad_after_a_step_that_raised_reaches_what_was_frozen(
     assert "set_to_none" in inspect.signature(optimizer.zero_grad).parameters  # Accelerate asks for it
     optimizer.zero_grad(set_to_none)
     assert not [name for name, param in model.named_parameters() if param.grad is not None and param.grad.any()]
-    assert "zero_grad" not in vars(optimizer)
     backward(model, STEPS)
     assert not differences(finish(training), expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_optimizer_that_lets_go_of_gradients_in_the_middle_of_its_step(strategy: str) -> None:
+    """It is no step that raised: the masks act on what it moves afterwards as well."""
+
+    class Tidy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            moves = []
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        momentum = self.state[param].setdefault("momentum_buffer", torch.zeros_like(param))
+                        moves.append((param, momentum.mul_(group["momentum"]).add_(param.grad)))
+            self.zero_grad()
+            self.state_dict()
+            with torch.no_grad():
+                for param, move in moves:
+                    param.sub_(move, alpha=group["lr"])
+
+    _, selector, optimizer = start(strategy, Tidy)
+    before = unit_weights(selector)
+    optimizer.step()
+    assert_masks_acted(selector, before)
+    assert selector.steps_taken == STEPS + 1
 
 
 def test_a_zero_grad_of_the_users_own_stays() -> None:
