@@ -202,11 +202,11 @@ def test_an_interrupt_is_told_of_at_the_next_call(where: str) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    layer = model.bert.encoder.layer[1]
+    block = model.bert.encoder.layer[1].output
     if where == "forward":
-        handle = layer.register_forward_pre_hook(interrupt)
+        handle = block.register_forward_pre_hook(interrupt)
     else:
-        handle = layer.register_forward_hook(lambda module, args, output: output[0].register_hook(interrupt) and None)
+        handle = block.register_forward_hook(lambda module, args, output: output.register_hook(interrupt) and None)
     with pytest.raises(KeyboardInterrupt):
         forward_backward(model, 1)
     handle.remove()
