@@ -1,7 +1,7 @@
 """Whatever users do between steps, and in whatever order: masks and weights are those of the equations.
 
-A model is trained beside a bare copy of it that does everything by hand (`tests.helpers.shadow`). hypothesis makes up
-what happens, and shortens what it finds.
+A model is trained beside a bare copy of it that does everything by hand (`tests.helpers.shadow`), and hypothesis makes
+up what happens.
 """
 
 from __future__ import annotations
@@ -367,7 +367,7 @@ Training.TestCase.settings = settings(
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate],
+    phases=[Phase.generate],  # shortening what it finds takes minutes; add Phase.shrink when there is something
     suppress_health_check=list(HealthCheck),
 )
 TestSequences = pytest.mark.filterwarnings("ignore")(Training.TestCase)
