@@ -16,7 +16,7 @@ from .distributed import Processes
 from .errors import RoseConfigError, UnsupportedEngineError
 from .masks import Ranking
 from .norms import IndexedTensors
-from .scores import Facts, Scores
+from .scores import Facts, Scores, ranking_dtype
 from .state import SelectionState
 
 
@@ -69,12 +69,12 @@ def plan(config: ROSEConfig, scores: Scores, state: SelectionState, parameters: 
             f"skip_frozen_gradients=True needs a score that follows from the risk passes alone, and "
             f"{type(scores.first_order).__name__} asks for norms of the step; leave the option out."
         )
-    dtype = torch.float64 if parameters[0][1].dtype == torch.float64 else torch.float32
+    dtype = ranking_dtype(parameters[0][1])
     facts = Facts(state.units, state.sizes.double(), (), int(state.steps), squares, 1.0, dtype)
     values, unscored = scores.first_order.score((), facts)
-    absent = torch.ones(len(state.units), dtype=torch.bool, device="cpu")
-    absent[[index for index, _ in parameters]] = False
-    ranking = masks.rank(values, unscored, absent, config.lower_quantile, config.upper_quantile)
+    ungraded = torch.ones(len(state.units), dtype=torch.bool, device="cpu")
+    ungraded[[index for index, _ in parameters]] = False
+    ranking = masks.rank(values, unscored, ungraded, config.lower_quantile, config.upper_quantile)
     frozen = {index for index, mask in enumerate(ranking.mask.tolist()) if mask == 0}
     if frozen.issuperset(index for index, _ in parameters):
         frozen = set()  # over an adapter nothing else trains, and a loss without a graph has no backward pass
@@ -92,14 +92,16 @@ def check_can_skip(host: nn.Module, processes: Processes, splits: bool) -> None:
     Raises:
         UnsupportedEngineError: Naming what it is.
     """
-    what = "a compiled model is compiled anew for every mask"
     if processes.groups or splits:
         what = "the reducers of DDP, FSDP2 and ZeRO wait for the gradient of every parameter"
-    if processes.groups or splits or _is_compiled(host):
-        raise UnsupportedEngineError(
-            f"skip_frozen_gradients=True does not work here: {what}. Leave it out: units are chosen by the same "
-            "scores, one step later."
-        )
+    elif _is_compiled(host):
+        what = "a compiled model is compiled anew for every mask"
+    else:
+        return
+    raise UnsupportedEngineError(
+        f"skip_frozen_gradients=True does not work here: {what}. Leave it out: units are chosen by the same scores, "
+        "one step later."
+    )
 
 
 def _is_compiled(host: nn.Module) -> bool:

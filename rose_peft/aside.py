@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def aside(module: nn.Module) -> Iterator[None]:
-    """Leave random states, buffers, attributes and checkpointing as they are, and the user's backward hooks out.
+    """Call without checkpointing and the user's backward hooks; put random states, buffers and attributes back.
 
     Args:
         module: The model to be called inside.

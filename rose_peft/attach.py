@@ -11,11 +11,10 @@ from torch import nn
 
 from .config import ROSEConfig
 from .errors import RoseConfigError, RoseError
-from .layer import RoseLayer
 from .scores import Scores
 from .selector import RoseSelector, find_selector
 from .tuner import ROSEModel, own_copy, refuse_quantized
-from .units import find_units
+from .units import find_units, has_other_tuner
 
 # What a PEFT config notes of where an adapter comes from, and modules that are spelled out when it is made.
 _NOTES = {"base_model_name_or_path", "inference_mode", "revision", "task_type", "peft_version", "target_modules"}
@@ -50,7 +49,7 @@ def attach_rose(
         UnsupportedEngineError: If DDP is around the model already, or ZeRO-3 has split it.
         UnsupportedModelError: If a model without an adapter is quantized.
     """
-    over_adapter = any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
+    over_adapter = has_other_tuner(model)
     _check_config(config, over_adapter)
     if config.base_config is not None:
         _check_base_config(model, config.base_config)

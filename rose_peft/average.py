@@ -15,21 +15,21 @@ class RiskFigures:
     Args:
         square_sum: Squared norms, float64 [U].
         gradient_sum: Gradients of units that are vectors, one after the other, float64 [V]; of sampled passes only.
+        more_rows: Sum over the finite passes of how many times more rows the batch had, less one.
         finite: Number of passes whose gradient was finite.
         skipped: Number of passes whose gradient was not.
         equal: Number of passes whose outputs were equal, but for rounding where both were one call.
         whole: Number of sampled passes that took the whole batch.
-        more_rows: Sum over the finite passes of how many times more rows the batch had, less one.
         bypassed: Number of processes whose gradients come from calls that went past the hook.
     """
 
     square_sum: Tensor
     gradient_sum: Tensor
+    more_rows: float = 0
     finite: float = 0
     skipped: float = 0
     equal: float = 0
     whole: float = 0
-    more_rows: float = 0
     bypassed: float = 0
 
     @property
@@ -111,12 +111,14 @@ class RiskAverage:
             float64 [U], zero for units that no pass has reached yet; None where there is none.
         """
         sums, weights, more_rows = self.linear
+        gradient_squares, weight_squares = self.quadratic
         if not bool(weights.any()):
             return None
         known = weights > 0
         mean = torch.where(known, sums / weights, 0)
-        products, pairs = self._per_unit(self.gradients.square()) - self.quadratic[0], weights**2 - self.quadratic[1]
-        # One pass alone has no pairs, but for rounding.
+        # Over pairs of passes i != j, with their weights w:  sum wi wj <gi, gj> = |sum w g|^2 - sum w^2 |g|^2, and
+        # sum wi wj = (sum w)^2 - sum w^2. One pass alone has no pairs, but for rounding.
+        products, pairs = self._per_unit(self.gradients.square()) - gradient_squares, weights**2 - weight_squares
         common = torch.where(pairs > 1e-9 * weights**2, products / pairs, 0)
         return mean + torch.where(known, more_rows / weights, 0) * torch.minimum(common.clamp(min=0), mean)
 

@@ -153,6 +153,7 @@ class ROSEConfig(PeftConfig):
         self.peft_type = PeftType("ROSE")
         self._make_plain()
         self._check_selection()
+        self._check_model()
         if isinstance(self.base_config, dict):
             self.base_config = get_peft_config(self.base_config)
         if self.base_config is not None:
@@ -229,6 +230,8 @@ class ROSEConfig(PeftConfig):
                 "out, or choose 'ensemble'."
             )
         self._check_risk_pass()
+
+    def _check_model(self) -> None:
         if self.original_weights not in ORIGINAL_WEIGHTS:
             raise RoseConfigError(
                 f"original_weights={self.original_weights!r} is unknown; choose one of {', '.join(ORIGINAL_WEIGHTS)}."

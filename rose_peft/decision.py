@@ -63,6 +63,26 @@ class Gathered:
     planned: Ranking | None = None
 
 
+def risk_squares(
+    config: ROSEConfig, average: RiskAverage, risk: RiskFigures | None
+) -> tuple[Tensor | None, RiskAverage | None]:
+    """The squared norms that first order ranks by.
+
+    Args:
+        config: The settings.
+        average: That of sampled passes before this step.
+        risk: What the risk passes of this step said, or None without any.
+
+    Returns:
+        float64 [U], or None while no finite pass is known; and the average after this step, None with paired passes.
+    """
+    finite = risk if risk is not None and risk.finite > 0 else None
+    if not config.needs_risk_pass or config.risk_pass == "paired":
+        return None if finite is None else finite.square_sum / finite.finite, None
+    after = average if finite is None else average.after(finite, config.risk_smoothing)
+    return after.squares(), after
+
+
 def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
     """Make the masks of a step out of what was gathered.
 
@@ -80,12 +100,13 @@ def decide(config: ROSEConfig, scores: Scores, gathered: Gathered) -> Decision:
         elif facts.risk is not None:
             values, unscored = scores.first_order.score(gathered.first_norms, facts)
             first = masks.rank(values, unscored, gathered.ungraded, *band)
-        # Without a finite pass the last mask stays.
+        # Paired passes of which none was finite leave the last mask; the average of sampled ones always ranks anew.
         first_mask = first.mask if first is not None else gathered.last_first_mask
     if config.needs_momentum:
         values, unscored = scores.second_order.score(gathered.second_norms, facts)
-        unmatched, unscored = unscored & ~gathered.ungraded, unscored | gathered.ungraded
-        if not bool(unscored.all()):  # else it is the first step: there is nothing to compare with
+        unmatched = unscored & ~gathered.ungraded  # a gradient, and no momentum to compare it with
+        unscored = unscored | gathered.ungraded
+        if not bool(unscored.all()):  # else it is the first step
             second = masks.rank(values, unscored, gathered.ungraded, *band)
         second_mask = second.mask if second is not None else torch.ones(len(facts.units), device="cpu")
     mask = masks.mix_or_either(first_mask, second_mask, config.gamma)

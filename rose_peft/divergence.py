@@ -13,7 +13,7 @@ from .outputs import HeadKind, class_dimension, counted_positions, head_kind
 
 
 def divergence(first: Tensor, second: Tensor, kind: HeadKind) -> Tensor:
-    """Symmetric divergence of two outputs, summed over everything but the classes (section 3.2 of the reference).
+    """Symmetric divergence of two outputs, added up over all distributions (section 3.2 of the reference).
 
     "softmax": [KL(P1||P2) + KL(P2||P1)] / 4 per distribution over the classes; "multi_label": the same for one
     Bernoulli distribution per label; "regression": mean squared difference. No gradient is stopped.
@@ -57,7 +57,7 @@ def logits_divergence(
         problem_type: `model.config.problem_type` or None.
         causal: Whether the model is a causal language model.
         head: `ROSEConfig.head`: what the logits mean, where the user says it.
-        rounding: Differences up to this share of a logit, or of the largest, are none; 0 takes every bit for one.
+        rounding: Logits that differ by at most this share of the logit, or of the largest, are equal.
 
     Returns:
         The divergence, a scalar, and whether both are equal, a bool scalar.

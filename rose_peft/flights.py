@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from .decision import Decision
 from .engines.seam import Turn
 from .errors import UnsupportedOptimizerError
+from .momentum_begins import Beginning, require_momentum
 from .norms import IndexedTensors
 from .optimizers import owned_groups
-from .scores import Starting, require_momentum
 from .state import Record
 from .steered import Steered
 from .update import Masked, MaskedStep
@@ -27,7 +27,7 @@ class Flight:
         masked: The parameters whose update is held back.
         loss_scale: Scale that the gradients still carry.
         decisions: For each adapter in it the decision, and (unit index, holder of a parameter) of what is stepped.
-        starting: What must have a momentum afterwards, and which.
+        beginning: What must have a momentum afterwards, and which.
         step: What acts on the call that runs now.
         turn: Which call that is.
         stepped: Whether the optimizer has taken it.
@@ -38,7 +38,7 @@ class Flight:
     masked: list[Masked]
     loss_scale: float
     decisions: list[tuple[Steered, Decision, IndexedTensors]]
-    starting: Starting = field(default_factory=Starting)
+    beginning: Beginning = field(default_factory=Beginning)
     step: MaskedStep | None = None
     turn: Turn = field(default_factory=Turn)
     stepped: bool = False
@@ -138,7 +138,7 @@ class Flights:
         if not flight.turn.last:
             return None
         del self._flights[id(optimizer)]
-        require_momentum(flight.starting)
+        require_momentum(flight.beginning)
         return name
 
     def settle(self, optimizer: Optimizer | None = None) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .average import RiskFigures
-from .decision import Gathered
+from .decision import Gathered, risk_squares
 from .distributed import Processes
 from .norms import IndexedTensors, is_sharded, square_norms_per_unit, wide_dtype
-from .scores import Facts, Scores, Stepping
+from .scores import Facts, Scores, Stepping, ranking_dtype
 from .standing import Standing
 from .steered import Steered
 
@@ -49,24 +48,17 @@ def gather(
     pairs = [(entry.index, entry.part.holder) for entry in stepping if entry.param.requires_grad]
     first = list(scores.first_order.tensors(stepping)) if config.needs_risk_pass else []
     second = list(scores.second_order.tensors(stepping)) if config.needs_momentum else []
-    risk_sums = []
+    sums = None
     bypassed = config.needs_risk_pass and bool(pairs) and steered.watchdog.is_bypassed(window.calls, pairs)
     if config.risk_is_due(int(steered.state.steps)):
-        risk_sums = [window.sums(device, wide_dtype(device), bypassed)]
+        sums = window.sums(device, wide_dtype(device), bypassed)
     elif bypassed:
         raise steered.watchdog.bypass_error()
     standing = Standing(steps, window.calls, steered.state.units, steered.state.last_mask)
-    *risk_parts, norms = _fetch(risk_sums, [*first, *second], standing, device, processes, splits)
-    risk = window.figures(risk_parts[0]) if risk_parts else None
+    sums, norms = _fetch(sums, [*first, *second], standing, device, processes, splits)
+    risk = window.figures(sums) if sums is not None else None
     _check(steered, risk, pairs)
-    known = risk is not None and risk.finite > 0
-    squares = risk.square_sum / risk.finite if risk is not None and known else None
-    average = None
-    if config.needs_risk_pass and config.risk_pass == "sampled":
-        average = steered.state.average
-        if risk is not None and known:
-            average = average.after(risk, config.risk_smoothing)
-        squares = average.squares()
+    squares, average = risk_squares(config, steered.state.average, risk)
     ungraded = torch.ones(units, dtype=torch.bool, device="cpu")
     ungraded[[entry.index for entry in stepping]] = False
     planned = steered.plan.ranking if steered.plan is not None else None
@@ -79,7 +71,7 @@ def gather(
         steps=int(steered.state.steps),
         risk=squares,
         loss_scale=loss_scale,
-        dtype=torch.float64 if stepping[0].param.dtype == torch.float64 else torch.float32,
+        dtype=ranking_dtype(stepping[0].param),
     )
     last = steered.state.first_mask.clone()
     return Gathered(facts, norms[: len(first)], norms[len(first) :], risk, ungraded, last, average, planned)
@@ -93,26 +85,25 @@ def _check(steered: Steered, risk: RiskFigures | None, stepping: IndexedTensors)
 
 
 def _fetch(
-    risk_sums: list[Tensor],
+    risk_sums: Tensor | None,
     lists: Sequence[IndexedTensors],
     standing: Standing,
     device: torch.device,
     processes: Processes,
     splits: bool,
-) -> list[Any]:
+) -> tuple[Tensor | None, list[Tensor]]:
     """Fetch risk sums, which every process has a part of, and norms per unit, whole or of shards, together."""
     units = len(standing.units)
     sums = [square_norms_per_unit(tensors, units, device) for tensors in lists]
     sharded = [index for index, tensors in enumerate(lists) if splits or is_sharded(tensors)]
     whole = [index for index in range(len(lists)) if index not in sharded]
-    shared = [*risk_sums, *(sums[index] for index in sharded)]
-    if not shared and not whole:
-        return [[]]
+    if risk_sums is None and not lists:
+        return None, []
+    risk_sums = torch.zeros(0, dtype=wide_dtype(device), device=device) if risk_sums is None else risk_sums
     # Even where nothing is to be added up: gradients and momenta are equal only while all processes are in step.
-    reduced = processes.sum(torch.cat([torch.zeros(0, dtype=wide_dtype(device), device=device), *shared]), standing)
+    reduced = processes.sum(torch.cat([risk_sums, *(sums[index] for index in sharded)]), standing)
     values = torch.cat([reduced, *(sums[index] for index in whole)]).cpu().double()
     values = processes.checked(values, standing, device)
-    lengths = [*(len(part) for part in risk_sums), *([units] * len(lists))]
-    found = list(values.split(lengths))
-    norms = dict(zip([*sharded, *whole], found[len(risk_sums) :], strict=True))
-    return [*found[: len(risk_sums)], [norms[index].sqrt() for index in range(len(lists))]]
+    fetched, *squares = values.split([len(risk_sums), *([units] * len(lists))])
+    norms = dict(zip([*sharded, *whole], squares, strict=True))
+    return fetched if len(fetched) else None, [norms[index].sqrt() for index in range(len(lists))]

@@ -105,8 +105,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         self.check_originals()
         for name, value in self._away.items():
             assert value is not None
-            slot = self.slots(name)[0] if self.slots(name) else None
-            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            copied = next((module._parameters[attribute] for module, attribute in self.slots(name)), None)
             value = value if copied is None else value.to(copied)
             self.base_layer._parameters[name] = nn.Parameter(value, requires_grad=False)
         self._away.clear()
@@ -155,12 +154,15 @@ class RoseLayer(nn.Module, BaseTunerLayer):
         container = getattr(self, f"rose_{parameter_name}")
         return (container, adapter_name) if adapter_name in container else None
 
+    def copy_of(self, parameter_name: str, adapter_name: str) -> nn.Parameter | None:
+        """The copy of one parameter for one adapter, or None where that adapter does not train it."""
+        slot = self.slot(parameter_name, adapter_name)
+        return slot[0]._parameters[slot[1]] if slot is not None else None
+
     def copies(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Yield (parameter name, base parameter, copy) of one adapter."""
         for name in self.parameter_names:
-            slot = self.slot(name, adapter_name)
-            base = self.base_layer._parameters[name]
-            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            base, copied = self.base_layer._parameters[name], self.copy_of(name, adapter_name)
             if base is not None and copied is not None:
                 yield name, base, copied
 
@@ -212,9 +214,10 @@ class RoseLayer(nn.Module, BaseTunerLayer):
             parameter_name: Name of one of the module's own parameters.
         """
         adapter_name = self._adapter_in_use()
-        slot = self.slot(parameter_name, adapter_name) if adapter_name is not None else None
         base = self.base_layer._parameters[parameter_name]
-        return slot[0]._parameters[slot[1]] if slot is not None and base is not None else base
+        if adapter_name is None or base is None or self.slot(parameter_name, adapter_name) is None:
+            return base
+        return self.copy_of(parameter_name, adapter_name)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -245,8 +248,7 @@ class RoseLayer(nn.Module, BaseTunerLayer):
                 base.data = copied.detach().clone()
             self._unmerged[name] = getattr(base, _UNMERGED)
         for name in self._away:
-            slot = self.slot(name, names[0])
-            trained = slot[0]._parameters[slot[1]] if slot is not None else None
+            trained = self.copy_of(name, names[0])
             if trained is not None:
                 self.base_layer._parameters[name] = trained
         if self.copies_module:
@@ -384,7 +386,6 @@ def tie_copies(model: nn.Module, adapter_name: str) -> None:
         if not isinstance(layer, RoseLayer):
             continue
         for name, identity in layer.identities.items():
-            slot = layer.slot(name, adapter_name)
-            copied = slot[0]._parameters[slot[1]] if slot is not None else None
+            slot, copied = layer.slot(name, adapter_name), layer.copy_of(name, adapter_name)
             if slot is not None and copied is not None:
                 slot[0]._parameters[slot[1]] = first.setdefault(identity, copied)

@@ -12,23 +12,10 @@ import torch
 from torch import Tensor
 
 
-def root_mean_square(square_sum: Tensor, count: Tensor) -> Tensor:
-    """Combine the norms of several micro-batches or ranks into one score per unit.
-
-    Args:
-        square_sum: Sum of squared norms, float64 [U].
-        count: Number of norms that went in, scalar > 0.
-
-    Returns:
-        float64 [U]; exactly the norm itself where count is 1.
-    """
-    return (square_sum / count).sqrt()
-
-
 def second_order_scores(grad_norms: Tensor, momentum_norms: Tensor, fresh: Tensor) -> Tensor:
     """Score each unit by how far its new gradient is from being an average contribution to the momentum.
 
-    |fresh * norm(g) / norm(m) - 1|, section 3.3 step 3 of the reference, where `fresh` is the factor with which the
+    |fresh * norm(g) / norm(m) - 1|, section 3.3 step 4 of the reference, where `fresh` is the factor with which the
     gradient enters the momentum: 1 - beta1 for Adam, which is the published 0.1 at beta1 = 0.9.
 
     Args:
@@ -72,7 +59,7 @@ def quantile_band(scores: Tensor, lower: float, upper: float, unranked: Tensor |
 
 
 def mix(first: Tensor, second: Tensor, gamma: float) -> Tensor:
-    """Mix both masks: gamma * first + (1 - gamma) * second, in float32 as published (section 3.3 step 4).
+    """Mix both masks: gamma * first + (1 - gamma) * second, in float32 (section 3.3 step 4 of the reference).
 
     Args:
         first: First-order mask, float32 [U].
@@ -103,17 +90,17 @@ class Ranking(NamedTuple):
     unscored: Tensor
 
 
-def rank(scores: Tensor, unscored: Tensor, absent: Tensor, lower: float, upper: float) -> Ranking:
+def rank(scores: Tensor, unscored: Tensor, ungraded: Tensor, lower: float, upper: float) -> Ranking:
     """Rank the units by one score and keep those inside the band, and those that cannot be ranked.
 
     Args:
         scores: Non-negative scores, float [U].
         unscored: Units whose scores mean nothing, bool [U].
-        absent: Units that do not take part in this step, bool [U].
+        ungraded: Units without a gradient in this step, bool [U].
         lower: Quantile of the lower bound.
         upper: Quantile of the upper bound.
     """
-    mask, thresholds = quantile_band(scores, lower, upper, unscored | absent)
+    mask, thresholds = quantile_band(scores, lower, upper, unscored | ungraded)
     return Ranking(scores, thresholds, mask, unscored)
 
 

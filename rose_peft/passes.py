@@ -47,7 +47,7 @@ class Passes:
         training: Callable[[], list[Steered]],
         scores: Callable[[], Scores],
     ) -> None:
-        self.around = EngineFinder(host, live.model, self._note_backward)
+        self.finder = EngineFinder(host, live.model, self._note_backward)
         self._live = live
         self._processes = processes
         self._training = training
@@ -62,7 +62,7 @@ class Passes:
 
     def close(self) -> None:
         """Take off what the engine has put on the model."""
-        self.around.engine.close()
+        self.finder.engine.close()
 
     def before(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         """Look at the model before a call.
@@ -75,7 +75,7 @@ class Passes:
             UnsupportedEngineError: If the engine hides what ROSE needs to see.
             RoseInactiveError: If the weights change without ROSE.
         """
-        if module is self.around.host:
+        if module is self.finder.host:
             self._release_what_was_interrupted()
         if not torch.is_grad_enabled():
             return
@@ -83,7 +83,7 @@ class Passes:
         if not training:
             # FSDP1 takes parameters away, as merging does; only that is refused.
             units = [unit for units in self._live.by_adapter.values() for unit in units] + self._live.lost()
-            self.around.check(module, [tensor for unit in units for tensor in unit.tensors()])
+            self.finder.check(module, [tensor for unit in units for tensor in unit.tensors()])
             if module.training:
                 self._live.refuse_lost()
             return
@@ -93,8 +93,8 @@ class Passes:
             return
         shown = [tensor for steered in training for unit in steered.units for tensor in unit.tensors()]
         paired = any(_is_paired(steered) for steered in training)
-        self.around.before_forward(module, shown, paired)
-        self._processes.follow(self.around.engine.process_groups)
+        self.finder.before_forward(module, shown, paired)
+        self._processes.follow(self.finder.engine.process_groups)
         parameters = {steered.name: self._live.parameters(steered.name) for steered in training}
         for steered in training:
             steered.watchdog.training_pass(parameters[steered.name])
@@ -165,16 +165,16 @@ class Passes:
         for steered in self._training():
             parameters = self._live.parameters(steered.name)
             # A model that was refused once may still be about while another trains, whose steps are none of its own.
-            if not self.around.refused or steered.window.calls:
+            if not self.finder.refused or steered.window.calls:
                 try:
-                    self.around.before_step([param for _, param in parameters])
+                    self.finder.before_step([param for _, param in parameters])
                 except UnsupportedEngineError:
                     steered.window.forget()
                     raise
             steered.watchdog.foreign_step(optimizer, parameters)
 
     def _plan(self, steered: Steered, parameters: IndexedTensors) -> None:
-        check_can_skip(self.around.host, self._processes, self.around.engine.splits)
+        check_can_skip(self.finder.host, self._processes, self.finder.engine.splits)
         if steered.plan is None:
             steered.plan = plan(steered.config, self._scores(), steered.state, parameters)
         if steered.plan is not None:
@@ -183,7 +183,7 @@ class Passes:
     def _paired(self, steered: Steered, call: Call, head: Head, output: Any) -> Any:
         parameters = self._live.parameters(steered.name)
         tensors = [param for _, param in parameters]
-        engine, window = self.around.engine, steered.window
+        engine, window = self.finder.engine, steered.window
         engine.require_whole(tensors)
         discarded = engine.discarded()
         if discarded:
@@ -201,7 +201,7 @@ class Passes:
     def _sampled(self, steered: Steered, call: Call, head: Head, output: Any) -> None:
         if steered.plan is not None:
             steered.plan.release()  # the risk of frozen units must be seen, or they would stay frozen
-        fraction, engine = steered.config.risk_fraction, self.around.engine
+        fraction, engine = steered.config.risk_fraction, self.finder.engine
         sample = take_sample(call, output, head, fraction, at_once=not engine.gathers)
         try:
             self._small(steered, sample, head)
@@ -215,7 +215,7 @@ class Passes:
             steered.plan.hold_back()
 
     def _small(self, steered: Steered, sample: Sample, head: Head) -> None:
-        with self.own(), aside(sample.call.module), self.around.engine.whole_parameters():
+        with self.own(), aside(sample.call.module), self.finder.engine.whole_parameters():
             sampled_pass(
                 sample,
                 head,

@@ -100,12 +100,15 @@ def _read(path: str) -> Mapping[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def _orders(state: SelectionState) -> list[str]:
+    """The orders that a state has scores of, which tell the strategy it was made with."""
+    scores = {"first": state.first_scores, "second": state.second_scores}
+    return [name for name, values in scores.items() if bool(values.isfinite().any())]
+
+
 def _strategy(state: SelectionState) -> str:
-    """What the scores of a state say of the strategy it was made with."""
-    first, second = (bool(scores.isfinite().any()) for scores in (state.first_scores, state.second_scores))
-    return (
-        "ensemble" if first and second else "first order" if first else "second order" if second else "no scores yet"
-    )
+    orders = _orders(state)
+    return "ensemble" if len(orders) == 2 else f"{orders[0]} order" if orders else "no scores yet"
 
 
 def _unmasked(source: Source) -> str:
@@ -157,11 +160,7 @@ def _draw_last(axes: Axes, state: SelectionState) -> None:
     """The masks of both orders in the last step: which of them froze a unit."""
     from matplotlib.colors import ListedColormap
 
-    used = {
-        "first": bool(state.first_scores.isfinite().any()),
-        "second": bool(state.second_scores.isfinite().any()),
-    }
-    names = [name for name, there in used.items() if there]
+    names = _orders(state)
     axes.tick_params(left=False, labelleft=False)
     if not names:
         axes.set_axis_off()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from .inputs import by_name
 from .norms import IndexedTensors, add_per_unit, local_part, norms_of, squares
 from .outputs import asking_for_logits, is_causal, logits_of, loss_of, tensors_of, with_loss
 
-# What a window adds up besides norms: passes that were finite, skipped, equal and whole, how many times more rows the
-# batch had, less one, and processes without any.
-COUNTS = 6
+# What a window adds up besides norms and gradients: all that `RiskFigures` has after them, in that order.
+COUNTS = len(fields(RiskFigures)) - 2
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class RiskWindow:
 
     def forget(self) -> None:
         """Forget the passes."""
-        self._sums: Tensor | None = None  # squared norms, gradients, and what `COUNTS` names, all but the last
+        self._sums: Tensor | None = None  # squared norms, gradients and counts, all but `bypassed`, the last
         self.reached: set[int] = set()
         self.calls = 0
         self._backward_seen = False
@@ -214,12 +213,11 @@ class RiskWindow:
         device = found[0][1].device
         square_sum = add_per_unit(found, self._units, device) / scale**2
         finite = torch.isfinite(square_sum.sum())
-        passes = torch.stack([finite, ~finite, equal.to(device), torch.full_like(finite, whole)])
         gradients = self._in_order({wanted[param]: gradient for param, gradient in kept.items()}, square_sum) / scale
-        said = torch.cat([square_sum, gradients])
-        said = torch.cat([said, said.new_full((1,), 1 / share - 1)])
+        said = torch.cat([square_sum, gradients, square_sum.new_full((1,), 1 / share - 1)])
         said = torch.where(finite, said, torch.zeros_like(said))
-        sums = torch.cat([said[:-1], passes.to(said.dtype), said[-1:]])
+        counts = torch.stack([finite, ~finite, equal.to(device), torch.full_like(finite, whole)])
+        sums = torch.cat([said, counts.to(said.dtype)])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _in_order(self, gradients: dict[int, Tensor], like: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ def sampled_pass(
     rounding = 0.0 if sample.twice is None else _ROUNDING
     value, equal = head.divergence(first, second, sample.call.inputs, rounding)
     if exact and sample.twice is not None:
-        # Where nothing but a draw per call makes calls differ, both halves are equal and say nothing.
+        # Without dropout halves may still differ by more than `_ROUNDING`, where two calls agree to the last bit. And
+        # halves that are equal though calls differ, by a draw per call, say nothing either.
         equal = equal | sample.two_calls_are_equal(head)
     # A graph that the user's inputs hang on, or weights that he caches, is still needed; compiled graphs want to be
     # given up otherwise.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor
 
 from .engines.seam import Engine, Group, Part
-from .errors import UnsupportedOptimizerError
 from .masks import second_order_scores
-from .norms import local_part, norms_of, squares
-from .optimizers import MomentumRule, is_guessed, momentum_of, momentum_rule, no_momentum
+from .optimizers import MomentumRule, momentum_of, momentum_rule, no_momentum
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,8 @@ class Facts:
         stepping: The parameters of units that have a gradient in this step.
         steps: Number of masked steps taken before this one.
         risk: Mean squared norms of the divergence gradients, float64 [U], zero for units that none has reached; of
-            sampled passes as the whole batch would have them, but for a common factor. None without a risk pass.
+            sampled passes as the whole batch would have them, but for a common factor. None while no finite pass is
+            known.
         loss_scale: Scale that the gradients still carry.
         dtype: In which the scores are ranked, float32 or float64.
     """
@@ -91,14 +89,31 @@ class Facts:
     dtype: torch.dtype
 
 
+def ranking_dtype(param: Tensor) -> torch.dtype:
+    """In which dtype scores are ranked, as published: float64 for a model in float64, else float32.
+
+    Args:
+        param: A parameter of the model.
+    """
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
 class Score(Protocol):
-    """Scores the units of one step: first says which norms it needs, then makes numbers of them."""
+    """
+    Scores the units of one step: first says which norms it needs, then makes numbers of them.
+
+    A second-order score that is not a `SecondOrder` says itself where the optimizer's momentum is no average of
+    gradients; for that class and those derived from it this is looked at after the first step.
+    """
 
     def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
         """Lists of (unit index, tensor) whose norms per unit are wanted; they are taken and fetched together.
 
+        The norm of a unit is that of all its tensors in a list, taken as one vector.
+
         Args:
-            stepping: The parameters of units that have a gradient in this step.
+            stepping: The parameters of units that have a gradient in this step. Empty where `skip_frozen_gradients`
+                asks before the step has begun; a score that wants tensors all the same is refused there.
         """
         ...
 
@@ -119,7 +134,7 @@ class FirstOrder:
     """Scores a unit by the norm of the gradient of the dropout divergence (section 3.3 step 4 of the reference)."""
 
     def tensors(self, stepping: Sequence[Stepping]) -> Sequence[Sequence[tuple[int, Tensor]]]:
-        """None: the risk passes have their norms already."""
+        """No tensors: the risk passes have their norms already."""
         return ()
 
     def score(self, norms: Sequence[Tensor], facts: Facts) -> tuple[Tensor, Tensor]:
@@ -150,115 +165,6 @@ class SecondOrder:
             (gradients / facts.loss_scale).to(facts.dtype), momenta.to(facts.dtype), fresh_factors(facts)
         )
         return scores, (momenta == 0) | (gradients == 0)
-
-
-@dataclass(frozen=True)
-class Starting:
-    """Parameters whose momentum begins with the step under way, and what it should be.
-
-    Args:
-        entries: Parameters without momentum yet that are not frozen.
-        entering: Norm of their momentum after the step if it averages gradients, for those of guessed optimizers.
-        decaying: Norm of what weight decay may add to it.
-    """
-
-    entries: Sequence[Stepping] = ()
-    entering: float = 0.0
-    decaying: float = 0.0
-
-
-# A momentum that is so many times off is no average of gradients. Masks of a half and gradients that the optimizer
-# centres or clips a little first stay within.
-_FAR = 10.0
-
-
-def without_momentum(stepping: Sequence[Stepping], stepped: Tensor) -> list[Stepping]:
-    """The parameters that have no momentum yet, of optimizers that keep one.
-
-    One of zeros is none either: some look at their first gradients only, and begin with a later step.
-
-    Args:
-        stepping: The parameters of units that have a gradient.
-        stepped: The units to look at, bool [U].
-    """
-    chosen = set(stepped.nonzero().flatten().tolist())
-    return [
-        entry
-        for entry in stepping
-        if entry.index in chosen
-        and momentum_rule(entry.optimizer, entry.group) is not None  # scores of users may do without
-        and _is_nothing(entry)
-    ]
-
-
-def _is_nothing(entry: Stepping) -> bool:
-    momentum = entry.momentum
-    return momentum is None or (is_guessed(entry.optimizer) and not bool(local_part(momentum).any()))
-
-
-def starting(entries: Sequence[Stepping], loss_scale: float) -> Starting:
-    """What is known of momenta that begin with the coming step.
-
-    Args:
-        entries: The parameters without momentum that are not frozen.
-        loss_scale: Scale that the gradients still carry.
-    """
-    guessed = _guessed(entries)
-    fresh = [entry.rule.fresh for entry in guessed]
-    decay = [
-        factor * float(entry.group.get("weight_decay") or 0) for factor, entry in zip(fresh, guessed, strict=True)
-    ]
-    return Starting(
-        entries,
-        _norm([entry.gradient for entry in guessed], fresh) / loss_scale,
-        _norm([entry.part.of(entry.part.holder) for entry in guessed], decay),
-    )
-
-
-def _guessed(entries: Sequence[Stepping]) -> list[Stepping]:
-    return [entry for entry in entries if is_guessed(entry.optimizer)]
-
-
-def _norm(tensors: Sequence[Tensor], factors: Sequence[float]) -> float:
-    """Norm of many tensors taken as one vector, each multiplied with a factor; of shards the local part counts."""
-    if not tensors:
-        return 0.0
-    square = squares(norms_of(local_part(tensor.detach()) for tensor in tensors))
-    return float((square * square.new_tensor(factors).square()).sum().sqrt())
-
-
-def require_momentum(starting: Starting) -> None:
-    """Refuse an optimizer that has stepped parameters and shows no momentum of them, or none that averages gradients.
-
-    Of the first nothing would ever be ranked; beside the other's, gradients say nothing.
-
-    Args:
-        starting: What a step that was just taken began with.
-
-    Raises:
-        UnsupportedOptimizerError: Naming where it was looked for.
-    """
-    way_out = "with register_momentum_rule, or use torch.optim.AdamW, or strategy='first_order'."
-    for entry in starting.entries:
-        if entry.momentum is None:
-            raise UnsupportedOptimizerError(
-                f"{type(entry.optimizer).__name__} has stepped and shows no momentum of what it has stepped under "
-                f"state[parameter][{entry.rule.key!r}], so new gradients cannot be compared with it. Tell ROSE where "
-                f"it is {way_out}"
-            )
-    guessed = _guessed(starting.entries)
-    momenta = [momentum for entry in guessed if (momentum := entry.momentum) is not None]
-    found = _norm(momenta, [1.0] * len(momenta))
-    # Zero: it begins with a later step. What weight decay adds may be all of it.
-    least, most = starting.entering / _FAR, _FAR * (starting.entering + starting.decaying)
-    if found and math.isfinite(starting.entering) and (found < least or found > most):  # not finite: says nothing
-        entry = guessed[0]
-        raise UnsupportedOptimizerError(
-            f"{type(entry.optimizer).__name__} does not average gradients under state[parameter][{entry.rule.key!r}]: "
-            f"after the step that it begins with the norm there is {found:.3g}, where gradients would have made "
-            f"{starting.entering:.3g}. Masks by second order and the ensemble would mean nothing. Tell ROSE how it "
-            f"keeps its momentum {way_out}"
-        )
 
 
 def fresh_factors(facts: Facts) -> Tensor:

@@ -23,10 +23,11 @@ from .flights import Flight, Flights
 from .gather import gather
 from .homes import Homes
 from .hooks import ForwardHooks, unwatch_steps, watch_steps
+from .momentum_begins import beginning, without_momentum
 from .norms import IndexedTensors
 from .optimizers import loss_scale, only_makes_state, refuse_closure
 from .passes import Passes
-from .scores import Scores, SecondOrder, Stepping, starting, without_momentum
+from .scores import Scores, SecondOrder, Stepping
 from .state import RoseStatistics, SelectionState
 from .steered import Adapters, Steered
 from .units import LiveUnits, Unit
@@ -157,7 +158,7 @@ class RoseSelector:
     @property
     def _engine(self) -> Engine:
         """What is around the model, as far as it has been seen."""
-        return self.passes.around.engine
+        return self.passes.finder.engine
 
     def _scores(self) -> Scores:
         return self.scores
@@ -217,17 +218,20 @@ class RoseSelector:
             for name in stepping:
                 self.adapters[name].window.forget()
             return
+        self.passes.finder.before_step([entry.param for entries in stepping.values() for entry in entries])
+        self.processes.follow(self._engine.process_groups)
+        self.processes.warn_if_alone()
         decisions: list[tuple[Steered, Decision, IndexedTensors]] = []
-        masked, beginning = [], []
+        masked, fresh = [], []
         for name, entries in stepping.items():
             steered = self.adapters[name]
             decision = self.decide(steered, self.gather(steered, entries, scale))
             self.processes.check_equal(steered.state.units, decision.masks, entries[0].param.device)
             masked += masked_parameters(decision.masks, entries)
             if decision.unmatched is not None and isinstance(self.scores.second_order, SecondOrder):
-                beginning += without_momentum(entries, decision.unmatched & (decision.masks > 0))
+                fresh += without_momentum(entries, decision.unmatched & (decision.masks > 0))
             decisions.append((steered, decision, [(entry.index, entry.part.holder) for entry in entries]))
-        flight = Flight(weakref.ref(optimizer), masked, scale, decisions, starting(beginning, scale))
+        flight = Flight(weakref.ref(optimizer), masked, scale, decisions, beginning(fresh, scale))
         self._flights.start(flight, optimizer, turn)
 
     def after_step(self, optimizer: Optimizer) -> None:
@@ -243,9 +247,6 @@ class RoseSelector:
 
     def gather(self, steered: Steered, stepping: Sequence[Stepping], scale: float) -> Gathered:
         """Fetch what the masks of one adapter are made of."""
-        self.passes.around.before_step([entry.param for entry in stepping])
-        self.processes.follow(self._engine.process_groups)
-        self.processes.warn_if_alone()
         return gather(steered, stepping, self.scores, self.processes, scale, self._steps_begun, self._engine.splits)
 
     def decide(self, steered: Steered, gathered: Gathered) -> Decision:

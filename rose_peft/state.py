@@ -106,13 +106,13 @@ class Record:
 
     Args:
         values: By name.
-        column: Which row of the history.
-        row: What it becomes, float32 [U].
+        row: Which row of the history.
+        masks: What it becomes, float32 [U].
     """
 
     values: dict[str, Tensor]
-    column: int
-    row: Tensor
+    row: int
+    masks: Tensor
 
 
 class SelectionState:
@@ -127,6 +127,30 @@ class SelectionState:
         sizes: Number of weights of each unit; None for units of one weight each.
         vectors: Whether the gradients of a unit are averaged, [U]; None for no unit.
     """
+
+    # What lies in `values`.
+    units: list[str]
+    sizes: Tensor  # number of weights of each unit, int64 [U]
+    vectors: Tensor  # whether a unit is one vector whose gradients are averaged, bool [U]
+    steps: Tensor  # masked optimizer steps, int64
+    skipped: Tensor  # risk passes left out because their gradient was not finite, int64
+    whole: Tensor  # sampled risk passes that took the whole batch, int64
+    mask_sum: Tensor  # sum of a unit's masks over the steps in which it had a gradient, float64 [U]
+    unit_steps: Tensor  # number of those steps, int64 [U]
+    last_mask: Tensor  # masks of the last step, zero for units without a gradient, float32 [U]
+    last_stepped: Tensor  # whether a unit had a gradient in it, bool [U]
+    first_mask: Tensor  # the last first-order mask, float32 [U]
+    second_mask: Tensor  # the last second-order mask, float32 [U]
+    first_scores: Tensor  # the last first-order score of each unit, NaN before there is one, float64 [U]
+    second_scores: Tensor  # the last second-order score of each unit, NaN before there is one, float64 [U]
+    first_thresholds: Tensor  # (low, high) of the last first-order band, float64 [2]
+    second_thresholds: Tensor  # (low, high) of the last second-order band, float64 [2]
+    risk_scale: Tensor  # factor on the divergence before its gradient is taken, float64
+    history: Tensor  # mean masks over time, float32 [HISTORY_LENGTH, U]
+    history_stride: Tensor  # optimizer steps that one row of it stands for, int64
+    risk_linear: Tensor  # these three: the fields of `RiskAverage`
+    risk_quadratic: Tensor
+    risk_gradients: Tensor
 
     def __init__(
         self, names: Sequence[str], sizes: Sequence[int] | None = None, vectors: Sequence[bool] | None = None
@@ -229,19 +253,11 @@ class SelectionState:
 
     # What is written ------------------------------------------------------------------------------------------------
 
-    def record(self, decision: Decision) -> None:
-        """Count one step.
-
-        Args:
-            decision: What was decided for it; units without a gradient do not count.
-        """
-        self.put(self.after(decision))
-
-    def after(self, decision: Decision, risk_period: int = 1) -> Record:
+    def after(self, decision: Decision, risk_period: int) -> Record:
         """What the values are after a step; changes nothing.
 
         Args:
-            decision: What was decided for the step.
+            decision: What was decided for the step; units without a gradient do not count.
             risk_period: Optimizer steps from one risk pass to the next.
         """
         new: dict[str, Tensor] = {}
@@ -262,17 +278,16 @@ class SelectionState:
         new["unit_steps"] = self.unit_steps + decision.stepped
         new["steps"] = self.steps + 1
         stride = int(self.history_stride)
-        column = int(self.steps) // stride
-        if column >= HISTORY_LENGTH:
+        row = int(self.steps) // stride
+        if row >= HISTORY_LENGTH:
             # Halve the resolution instead of growing: the picture stays, the memory does not.
             half = HISTORY_LENGTH // 2
             new["history"] = torch.zeros_like(self.history)
             new["history"][:half] = (self.history[0::2] + self.history[1::2]) / 2
             stride *= 2
             new["history_stride"] = torch.full_like(self.history_stride, stride)
-            column = int(self.steps) // stride
-        row = new.get("history", self.history)[column] + masks / stride
-        return Record(new, column, row)
+            row = int(self.steps) // stride
+        return Record(new, row, new.get("history", self.history)[row] + masks / stride)
 
     def put(self, record: Record) -> None:
         """Write new values down; doing so again after an interruption changes nothing.
@@ -282,7 +297,7 @@ class SelectionState:
         """
         for name, value in record.values.items():
             self.values[name].copy_(value)
-        self.history[record.column] = record.row
+        self.history[record.row] = record.masks
 
     def _after_risk(self, risk: RiskFigures, period: int) -> dict[str, Tensor]:
         new = {"skipped": self.skipped + int(risk.skipped), "whole": self.whole + int(risk.whole)}

@@ -23,7 +23,7 @@ from .errors import AlreadyAttachedError, RoseConfigError, TargetModulesError, U
 from .layer import RoseLayer, tie_copies
 from .overlay import obstacle
 from .selector import RoseSelector, find_selector
-from .units import base_modules, find_units
+from .units import base_modules, find_units, is_target, prefixes
 
 _LATE_HEADS: dict[Any, tuple[str, ...]] = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -128,8 +128,7 @@ class ROSEModel(BaseTuner):
                 trains = any((f"{name}.{parameter}" if name else parameter) not in self._frozen for parameter in own)
                 chosen = trains and not self._is_kept_aside(config, name)
             else:
-                parts = name.split(".")
-                chosen = any(check_target_module_exists(config, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
+                chosen = is_target(config, name)
             if chosen and not name:
                 raise UnsupportedModelError(
                     f"parameters {own} lie on the model itself ({type(model).__name__}), which cannot be wrapped. "
@@ -151,18 +150,12 @@ class ROSEModel(BaseTuner):
     def _is_excluded(config: ROSEConfig, name: str) -> bool:
         probe = copy.copy(config)
         probe.target_modules = set()
-        parts = name.split(".")
-        return any(
-            isinstance(check_target_module_exists(probe, ".".join(parts[:n])), _ExcludedModule)
-            for n in range(1, len(parts) + 1)
-        )
+        return any(isinstance(check_target_module_exists(probe, prefix), _ExcludedModule) for prefix in prefixes(name))
 
     @staticmethod
     def _is_kept_aside(config: ROSEConfig, name: str) -> bool:
         """Whether PEFT will wrap this module, or one around it, for `modules_to_save` (which goes by name endings)."""
-        parts = name.split(".")
-        prefixes = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-        return any(prefix.endswith(saved) for prefix in prefixes for saved in config.modules_to_save or ())
+        return any(prefix.endswith(saved) for prefix in prefixes(name) for saved in config.modules_to_save or ())
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> bool | _ExcludedModule:  # type: ignore[override]
         if key.replace(".base_layer", "") in self._targets and not key.endswith(".base_layer"):

@@ -62,6 +62,26 @@ def is_weight(parameter_name: str) -> bool:
     return "bias" not in parameter_name.rpartition(".")[2]
 
 
+def prefixes(name: str) -> list[str]:
+    """A module's name and those of all modules around it, the outermost first.
+
+    Args:
+        name: Its name in the model.
+    """
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def is_target(config: ROSEConfig, name: str) -> bool:
+    """Whether `target_modules` names a module or one around it.
+
+    Args:
+        config: The settings; `target_modules` is given.
+        name: The module's name in the model.
+    """
+    return any(check_target_module_exists(config, prefix) for prefix in prefixes(name))
+
+
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the repeated transformer blocks: the members of the outermost lists of composite modules.
 
@@ -82,13 +102,11 @@ def repeated_blocks(model: nn.Module) -> list[str]:
         children = [child for child in children if any(True for _ in child.parameters())]
         kinds = {type(child) for child in children}
         composite = all(any(True for _ in child.children()) for child in children)
-        if isinstance(module, nn.ModuleList):
+        repeat = len(kinds) < len(children)  # a pipeline of different things, or a head, may be a Sequential too
+        if isinstance(module, nn.ModuleList) and not repeat:
             # Once each in a list may stand blocks, but also whole models: those have embeddings.
-            repeat = len(kinds) < max(2, len(children)) or not any(
-                isinstance(inner, nn.Embedding) for child in children for inner in child.modules()
-            )
-        else:  # a pipeline of different things, or a head, may be a Sequential too
-            repeat = len(kinds) < len(children)
+            inside = (inner for child in children for inner in child.modules())
+            repeat = len(children) == 1 or not any(isinstance(inner, nn.Embedding) for inner in inside)
         if children and repeat and composite:
             blocks.extend(f"{name}.{index}" if name else str(index) for index, _ in module.named_children())
     return blocks
@@ -146,7 +164,7 @@ def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | No
     Raises:
         TargetModulesError: If there are none; the message lists modules that could be named.
     """
-    units = _adapter_units(model) if _has_other_tuner(model) else _weight_units(model, config, among)
+    units = _adapter_units(model) if has_other_tuner(model) else _weight_units(model, config, among)
     if not units:
         candidates = [
             name for name, module in base_modules(model) if name and any(True for _ in _weight_slots(module))
@@ -159,7 +177,12 @@ def find_units(model: nn.Module, config: ROSEConfig | None, among: set[str] | No
     return units
 
 
-def _has_other_tuner(model: nn.Module) -> bool:
+def has_other_tuner(model: nn.Module) -> bool:
+    """Whether an adapter other than full fine-tuning is on a model.
+
+    Args:
+        model: Any model.
+    """
     return any(isinstance(m, BaseTunerLayer) and not isinstance(m, RoseLayer) for m in model.modules())
 
 
@@ -225,8 +248,7 @@ def _is_unit(
         return True
     if isinstance(config.target_modules, set) and module_name in config.target_modules:
         return True  # each prefix is compared with every target, which takes long where all units are named
-    parts = module_name.split(".")
-    return any(check_target_module_exists(config, ".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    return is_target(config, module_name)
 
 
 def _weight_slots(module: nn.Module) -> Iterator[tuple[str, str, Slot]]:
@@ -291,7 +313,7 @@ class LiveUnits:
         """Say once where most of the blocks is never masked; adapters are small beside the weights by their nature."""
         for units in self.by_adapter.values():
             coverage = block_coverage(self.model, units)
-            if units and coverage < 0.5 and not self._warned and not _has_other_tuner(self.model):
+            if units and coverage < 0.5 and not self._warned and not has_other_tuner(self.model):
                 self._warned = True
                 warnings.warn(
                     f"the {len(units)} units cover {coverage:.0%} of the weights in repeated blocks, less than half: "

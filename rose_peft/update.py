@@ -35,7 +35,7 @@ class Masked:
         part: What this process steps of it.
         group: Its parameter group.
         share: Mask w of its unit, in [0, 1).
-        rest: 1 - w, as rounded by whoever made the mask.
+        rest: 1 - w, made in float32, as published.
         rule: How the optimizer keeps its momentum, or None where that cannot be read.
     """
 
@@ -58,7 +58,7 @@ def masked_parameters(mask: Tensor, stepping: Sequence[Stepping]) -> list[Masked
     masked = []
     for entry in stepping:
         part = entry.part if shares[entry.index] < 1 else None
-        if part is not None and (part.place is None or part.place[1]):
+        if part is not None and not part.is_empty:
             if id(entry.group) not in rules:
                 rules[id(entry.group)] = momentum_rule(entry.optimizer, entry.group)
             rule = readable_rule(entry.optimizer, part, rules[id(entry.group)])
@@ -78,12 +78,20 @@ class _Blended:
 
 @dataclass
 class _Saved:
-    """What is put right after a step that was let go on."""
+    """What is put right after a step that was let go on.
+
+    Args:
+        masked: The parameter.
+        weights: They before the step.
+        state: What of the optimizer's state is put right too, before the step; None where there was none.
+        had_no_state: Whether the optimizer had none at all.
+        results: What to write to and its value, once they are known.
+    """
 
     masked: Masked
     weights: Tensor
     state: dict[str, Tensor | None]
-    fresh_state: bool
+    had_no_state: bool
     results: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -135,7 +143,7 @@ class MaskedStep:
         if item.rule is not None and item.share == 0:
             keys += [key for key in (item.rule.key, *item.rule.companions) if key not in keys]
         values = {key: self._copied(state.get(key), item.part) for key in keys}
-        return _Saved(item, item.part.of(item.part.holder).detach().clone(), values, fresh_state=not state)
+        return _Saved(item, item.part.of(item.part.holder).detach().clone(), values, had_no_state=not state)
 
     def _copied(self, value: Any, part: Part) -> Tensor | None:
         return self._of(value, part).detach().clone() if isinstance(value, Tensor) else None
@@ -185,33 +193,26 @@ class MaskedStep:
         self.give_back()
 
     def _put_right(self, saved: _Saved) -> None:
-        item, share, part = saved.masked, saved.masked.share, saved.masked.part
-        weights_now = part.of(part.holder)
-        state = self._optimizer.state.get(part.holder, {})
-        masters = {key: value for key, value in state.items() if _is_master(key, value, item)}
-        owed = [(key, value) for key, value in state.items() if _is_owed(key, value, item)]
-        if share > 0:
-            if not saved.results:  # made before anything is written, so that writing may be repeated
-                for key, value in masters.items():
-                    now, before = part.of(value), saved.state.get(key)
-                    before = saved.weights.to(now.dtype) if before is None else before
-                    saved.results.append((now, torch.lerp(before, now, share)))
-                weights = saved.results[0][1] if masters else torch.lerp(saved.weights, weights_now, share)
-                saved.results.append((weights_now, weights))
-                for key, value in owed:
-                    saved.results += _masked_with_owed(saved, key, weights_now, part.of(value))
-            for now, result in saved.results:
-                now.copy_(result)
+        state = self._optimizer.state.get(saved.masked.part.holder, {})
+        if saved.masked.share == 0:
+            self._put_back(saved, state)
             return
-        weights_now.copy_(saved.weights)
-        if saved.fresh_state and item.rule is None:
+        if not saved.results:  # made before anything is written, so that writing may be repeated
+            saved.results = _partly_moved(saved, state)
+        for now, result in saved.results:
+            now.copy_(result)
+
+    def _put_back(self, saved: _Saved, state: dict[str, Any]) -> None:
+        """Leave a frozen parameter as it was, and what the optimizer keeps of it."""
+        item, part = saved.masked, saved.masked.part
+        part.of(part.holder).copy_(saved.weights)
+        if saved.had_no_state and item.rule is None:
             self._forget_state(part)
             return
-        for key, value in masters.items():
-            if saved.state.get(key) is None:
+        for key, value in state.items():
+            if saved.state.get(key) is None and _is_master(key, value, item):
                 part.of(value).copy_(saved.weights)
-        for key, value in owed:
-            if saved.state.get(key) is None:
+            elif saved.state.get(key) is None and _is_owed(key, value, item):
                 part.of(value).zero_()
         for key, before in saved.state.items():
             value = state.get(key)
@@ -326,9 +327,9 @@ def _age(items: Sequence[_Ageing]) -> None:
     """
     for beta in {item.beta for item in items}:
         alike = [item for item in items if item.beta == beta]
-        fresh = [item.square for item in alike if item.square._version == item.square_version]
-        if fresh:
-            torch._foreach_mul_(fresh, beta)
+        unscaled = [item.square for item in alike if item.square._version == item.square_version]
+        if unscaled:
+            torch._foreach_mul_(unscaled, beta)
         scaled = [item for item in alike if item.square._version == item.square_version + 1]
         if scaled:
             momenta = [item.momentum for item in scaled]
@@ -351,6 +352,30 @@ def _is_master(key: str, value: Any, item: Masked) -> bool:
 _OWED = ("comp", "compensation", "kahan_comp", "kahan_compensation")
 # Momenta with a longer memory beside the one that is known.
 _SLOW_MARK = "slow"
+
+
+def _partly_moved(saved: _Saved, state: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    """Keep the share w of the move, in wider copies of the weights too.
+
+    Args:
+        saved: What was there before the step.
+        state: What the optimizer keeps of the parameter after it.
+
+    Returns:
+        (what to write to, its value).
+    """
+    item, share, part = saved.masked, saved.masked.share, saved.masked.part
+    weights, results = part.of(part.holder), []
+    for key, value in state.items():
+        if _is_master(key, value, item):
+            now, before = part.of(value), saved.state.get(key)
+            before = saved.weights.to(now.dtype) if before is None else before
+            results.append((now, torch.lerp(before, now, share)))
+    results.append((weights, results[0][1] if results else torch.lerp(saved.weights, weights, share)))
+    for key, value in state.items():
+        if _is_owed(key, value, item):
+            results += _masked_with_owed(saved, key, weights, part.of(value))
+    return results
 
 
 def _masked_with_owed(saved: _Saved, key: str, weights: Tensor, owed: Tensor) -> list[tuple[Tensor, Tensor]]:

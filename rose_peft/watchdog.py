@@ -1,4 +1,4 @@
-"""Every error that says "ROSE had no effect"."""
+"""Errors and warnings where the training of an adapter goes past ROSE, or its risk passes say nothing."""
 
 from __future__ import annotations
 

@@ -894,7 +894,7 @@ def test_history_against_a_slow_twin(steps, units, seed):
         for _ in range(steps):
             mask = torch.randint(0, 2, (units,), generator=generator).float()
             rows.append(mask.tolist())
-            state.record(Decision(mask, torch.ones(units, dtype=torch.bool)))
+            state.put(state.after(Decision(mask, torch.ones(units, dtype=torch.bool)), risk_period=1))
         history, stride = state.mask_history()
     assert stride >= 1 and (stride & (stride - 1)) == 0
     assert len(history) == math.ceil(steps / stride) <= length
@@ -908,7 +908,8 @@ def test_history_is_bounded():
     state = SelectionState(["a", "b"])
     size = state.history.numel()
     for step in range(3 * statistics_module.HISTORY_LENGTH):
-        state.record(Decision(torch.tensor([1.0, float(step % 2)]), torch.ones(2, dtype=torch.bool)))
+        decision = Decision(torch.tensor([1.0, float(step % 2)]), torch.ones(2, dtype=torch.bool))
+        state.put(state.after(decision, risk_period=1))
     history, stride = state.mask_history()
     assert state.history.numel() == size and stride == 4
     torch.testing.assert_close(history, torch.tensor([1.0, 0.5]).expand_as(history))

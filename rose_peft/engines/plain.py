@@ -65,10 +65,10 @@ class Plain:
             )
 
     def require_whole(self, parameters: Sequence[Tensor]) -> None:
-        """They are."""
+        """Accept: parameters are whole."""
 
     def whole_parameters(self) -> AbstractContextManager[None]:
-        """They are."""
+        """Nothing to do: parameters are whole."""
         return nullcontext()
 
     def discarded(self) -> bool | None:

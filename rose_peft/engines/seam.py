@@ -35,6 +35,11 @@ class Part:
         return tensor if self.place is None else tensor.detach().view(-1).narrow(0, *self.place)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether this process steps none of it."""
+        return self.place is not None and self.place[1] == 0
+
+    @property
     def gradient(self) -> Tensor:
         """The gradient as the optimizer gets it."""
         assert self.holder.grad is not None

@@ -131,8 +131,10 @@ class Zero:
         DeepSpeed unscales and clips a group just before it steps it, so those that come later are done here.
         """
         part = self.part(param)
-        if part.place == (0, 0) or id(part.holder) in owned_groups(self.optimizer):
-            return part.gradient if part.place != (0, 0) else part.of(part.holder)
+        if part.is_empty:
+            return part.of(part.holder)
+        if id(part.holder) in owned_groups(self.optimizer):
+            return part.gradient
         return self._raw(param, part).float() * self._clipped()
 
     def _raw(self, param: Tensor, part: Part) -> Tensor:
@@ -164,10 +166,10 @@ class Zero:
         return float(self._zero.loss_scale)
 
     def require_whole(self, parameters: Sequence[Tensor]) -> None:
-        """They are."""
+        """Accept: parameters are whole."""
 
     def whole_parameters(self) -> AbstractContextManager[None]:
-        """They are."""
+        """Nothing to do: parameters are whole."""
         return nullcontext()
 
     def discarded(self) -> bool | None:
@@ -175,7 +177,7 @@ class Zero:
         return self._lost
 
     def gradient_holders(self, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Nobody's business."""
+        """None: DeepSpeed says itself whether gradients were thrown away."""
         return ()
 
     def close(self) -> None:

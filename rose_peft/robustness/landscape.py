@@ -171,7 +171,6 @@ class Sharpness:
     Args:
         loss: Loss at the weights.
         worst_loss: Highest loss found in the ball.
-        increase: `worst_loss - loss`.
         epsilon: Relative radius of the ball.
     """
 

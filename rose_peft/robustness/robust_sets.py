@@ -15,7 +15,7 @@ from .predict import Predictor
 from .results import Row
 
 
-def named_paths(entries: Sequence[str], option: str = "robust_files") -> dict[str, str]:
+def named_paths(entries: Sequence[str]) -> dict[str, str]:
     """Split `name=path` entries.
 
     Raises:
@@ -25,9 +25,9 @@ def named_paths(entries: Sequence[str], option: str = "robust_files") -> dict[st
     for entry in entries:
         name, separator, path = entry.partition("=")
         if not (name and separator and path):
-            raise DataError(f"{option}={entry!r}: write name=path, as in revised=revised.parquet.")
+            raise DataError(f"robust_files={entry!r}: write name=path, as in revised=revised.parquet.")
         if name in found:
-            raise DataError(f"{option}: two are called {name!r}; give each a name of its own.")
+            raise DataError(f"robust_files: two are called {name!r}; give each a name of its own.")
         found[name] = path
     return found
 

@@ -18,7 +18,7 @@ def test_a_wrapped_model_is_refused_and_the_one_inside_is_welcome(group: None) -
         attach_rose(network, ROSEConfig())
     selector = attach_rose(network.module, ROSEConfig())
     network(**batch(network.module)).loss.backward()
-    assert selector.passes.around.engine.process_groups == [network.process_group]
+    assert selector.passes.finder.engine.process_groups == [network.process_group]
 
 
 def test_a_reducer_that_leaves_no_mark_is_refused(group: None, monkeypatch: pytest.MonkeyPatch) -> None:

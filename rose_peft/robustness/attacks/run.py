@@ -96,6 +96,7 @@ class AttackReport:
         results: Recipe -> its result, also of recipes that an earlier call with the same settings left in the folder.
         unavailable: Recipe -> what it needs, for those that could not run.
         output_dir: Folder with `examples.csv`, `examples.parquet`, `attack.result.json` and the records.
+        records: Recipe -> what it did to each sentence.
     """
 
     results: dict[str, RecipeResult]
