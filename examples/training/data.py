@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset
 from pandas import to_numeric
-from pyarrow.parquet import read_schema
 
 from rose_peft.robustness.adv_glue import ADV_GLUE
-from rose_peft.robustness.data import TASKS, adv_glue_file, find_split, read_hub, read_table
+from rose_peft.robustness.data import TASKS, adv_glue_file, find_split, read_hub, read_table, with_features
 from rose_peft.robustness.errors import DataError
 from rose_peft.robustness.robust_sets import find_file, named_paths
 
@@ -157,9 +156,9 @@ def _read(args: TrainArguments, option: str, path: str | Path, key: str | None =
                     f"text_column={column!r} holds {table[column][0]} in row 0 of {str(path)!r} and nothing but "
                     "numbers; pass the column of the texts."
                 )
-    # Names of labels are kept in the schema, which pandas does not read.
-    features = Features.from_arrow_schema(read_schema(path)) if Path(path).suffix == ".parquet" else None
-    return Dataset.from_pandas(table, features=features, preserve_index=False)
+    if Path(path).suffix == ".parquet":
+        return with_features(table, path)
+    return Dataset.from_pandas(table, preserve_index=False)
 
 
 def _hub(args: TrainArguments, path: str, name: str, split: str) -> Dataset:

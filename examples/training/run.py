@@ -17,6 +17,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
@@ -336,5 +337,8 @@ def _load(accelerator: Accelerator, path: Path) -> None:
 def _save_model(accelerator: Accelerator, model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:  # where weights are sharded, no other process holds the whole of them
-        accelerator.unwrap_model(model).save_pretrained(str(path), state_dict=state)
+        whole = accelerator.unwrap_model(model)
+        whole.save_pretrained(str(path), state_dict=state)
+        if isinstance(whole, PeftModel):  # an adapter's own files name neither the classes nor the padding
+            whole.get_base_model().config.save_pretrained(str(path))
         tokenizer.save_pretrained(str(path))

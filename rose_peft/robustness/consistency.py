@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MissingResourceError, RobustnessError
+from .errors import MissingResourceError, ModelError, RobustnessError
 from .estimate import Estimate, mean, share
 from .noise import KINDS, missing_for, noisy_texts
 from .predict import Predictor, Text
@@ -70,6 +70,7 @@ def consistency(
 
     Raises:
         RobustnessError: If a change is unknown or the rate is out of range.
+        ModelError: If the model has no classes.
         MissingResourceError: If no change asked for can be made.
     """
     known = (DROPOUT, *KINDS)
@@ -83,6 +84,10 @@ def consistency(
     _require_one(unavailable, reasons)
     predictor = Predictor(model, tokenizer, **options)
     before = predictor(texts)
+    if before.shape[1] < 2:
+        raise ModelError(
+            f"model: {type(model).__name__} gives one score per text, of which no class can flip; pass a classifier."
+        )
     flipped: dict[str, Estimate] = {}
     divergence: dict[str, Estimate] = {}
     for change in (change for change in reasons if change not in unavailable):

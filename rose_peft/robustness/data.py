@@ -162,8 +162,12 @@ class Examples:
 
     def fingerprint(self) -> str:
         """Return a short digest of texts, labels and positions."""
-        content = json.dumps([self.texts, self.labels, self.columns, self.indices], ensure_ascii=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return digest([self.texts, self.labels, self.columns, self.indices])
+
+
+def digest(content: Any) -> str:
+    """Return a short digest of texts and numbers."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
 def examples_from_columns(
@@ -179,7 +183,8 @@ def examples_from_columns(
         table: Column name -> values.
         text_columns: Names of one or two text columns.
         label_column: Name of the column with label numbers, or with label names.
-        label_names: Name of each label number. Needed where the labels are names.
+        label_names: Name of each label number. Needed where the labels are names; None for those that a
+            `datasets.Dataset` carries itself.
         name: What to call the data in messages.
 
     Raises:
@@ -191,8 +196,11 @@ def examples_from_columns(
             what = "has no labels" if column == label_column else "lacks a text column"
             raise DataError(f"{name}: {what}: no column {column!r} among {present}; name the right one.")
     raw_labels = list(table[label_column])
-    names = None if label_names is None else tuple(label_names)
-    labels = [_label_number(label, names, name, label_column) for label in raw_labels]
+    carried = getattr(getattr(table, "features", {}).get(label_column), "names", None)
+    given = carried if label_names is None else label_names
+    names = None if given is None else tuple(given)
+    by_name = label_names is not None and _numbers_are_names(raw_labels, names or (), name, label_column)
+    labels = [_label_number(label, names, by_name, name, label_column) for label in raw_labels]
     source_columns = [table[column] for column in SOURCE_COLUMNS if column in present]
     return Examples(
         texts=tuple(zip(*(table[column] for column in text_columns), strict=True)),
@@ -206,12 +214,42 @@ def examples_from_columns(
 
 def _source(named: tuple[Any, ...]) -> str:
     """Take the most specific name that is there; tables mark a missing one by None, NaN or nothing."""
-    return next((str(name) for name in named if name is not None and name == name and name != ""), "unnamed")
+    return next((str(name) for name in named if not _is_missing(name) and name != ""), "unnamed")
 
 
-def _label_number(label: Any, names: tuple[str, ...] | None, name: str, column: str) -> int:
-    if label is None or label != label:  # NaN is how tables mark a missing number
+def _is_missing(value: Any) -> bool:
+    """Whether a value is one of those by which tables mark a missing one."""
+    import pandas
+
+    return value is None or (not isinstance(value, str) and bool(pandas.isna(value)))
+
+
+def _numbers_are_names(labels: Sequence[Any], names: tuple[str, ...], name: str, column: str) -> bool:
+    """Whether labels that a file has as numbers, or as true and false, are meant as names, such as 1 to 5 stars.
+
+    Raises:
+        DataError: If they may be either, and would be different labels.
+    """
+    numbers = [label for label in labels if not isinstance(label, str) and not _is_missing(label) and label % 1 == 0]
+    written = {str(label) if str(label) in ("True", "False") else str(int(label)) for label in numbers}
+    if not written or not written <= set(names):
+        return False
+    if "True" in written or "False" in written:
+        return True
+    differ = sorted(text for text in written if names.index(text) != int(text))
+    if differ and all(0 <= int(text) < len(names) for text in written):
+        raise DataError(
+            f"{name}: {column}={differ[0]} may be the name {differ[0]!r} or the number of {names[int(differ[0])]!r} "
+            f"among the label names {list(names)}; write names in the file that are no numbers."
+        )
+    return bool(differ)
+
+
+def _label_number(label: Any, names: tuple[str, ...] | None, by_name: bool, name: str, column: str) -> int:
+    if _is_missing(label):
         return -1
+    if by_name and names is not None and not isinstance(label, str):
+        return names.index(str(label) if str(label) in ("True", "False") else str(int(label)))
     if isinstance(label, str):
         if names is not None and label in names:
             return names.index(label)
@@ -277,14 +315,30 @@ def load_file(
             layout in which AdvGLUE is published).
         text_columns: Names of one or two text columns.
         label_column: Name of the label column.
-        label_names: Name of each label number, where known.
+        label_names: Name of each label number, where known; None for those that a Parquet file of `datasets` holds.
         key: Which list to take from a JSON object of lists.
 
     Raises:
         DataError: If the file is missing, unreadable, or not laid out like this.
     """
     table = read_table(path, text_columns, key, label_column=label_column, label_names=label_names)
+    if Path(path).suffix == ".parquet" and label_names is None:
+        table = with_features(table, path)
     return examples_from_columns(table, text_columns, label_column, label_names, name=str(path))
+
+
+def with_features(table: Any, path: PathLike) -> Any:
+    """Return the table of a Parquet file as a `datasets.Dataset`, with the names of labels that the file holds.
+
+    Args:
+        table: As `read_table` read it.
+        path: The file.
+    """
+    import datasets
+    from pyarrow.parquet import read_schema
+
+    features = datasets.Features.from_arrow_schema(read_schema(path))
+    return datasets.Dataset.from_pandas(table, features=features, preserve_index=False)
 
 
 def _delimited_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import LabelMismatchError, ModelError, RobustnessError, first_line
+from .errors import ModelError, RobustnessError, first_line
+from .predict import text_config
 from .seeding import generators_kept
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ def load_classifier(
     Args:
         name_or_path: Folder or hub name of a whole model, or of a PEFT adapter, whose base model is then loaded too;
             or the folder of a run of examples/train.py.
-        num_labels: Number of classes, for a head that the folder does not contain; a whole classifier keeps its own,
-            which `label_order` compares with the data's.
+        num_labels: Number of classes, for a head that the folder does not contain; a head that it contains keeps its
+            own, which `label_order` compares with the data's.
         tokenizer: Folder or hub name of the tokenizer; None for the model's (an adapter's base model's) own.
         device: Where to put the model.
         dtype: Precision of the weights: float32, bfloat16 or float16.
@@ -45,7 +47,6 @@ def load_classifier(
         The model, in evaluation mode, and the tokenizer.
 
     Raises:
-        LabelMismatchError: If an adapter's head has another number of classes.
         ModelError: If there is no such model, its files are not whole, or it is no classifier.
     """
     from transformers import AutoTokenizer
@@ -65,6 +66,7 @@ def load_classifier(
             torch.manual_seed(seed)
             model = _load_model(name, num_labels, PRECISIONS[dtype])
         words = AutoTokenizer.from_pretrained(tokenizer or _tokenizer_source(name))
+        _agree_on_padding(model, words)
     except RobustnessError:
         raise
     except Exception as error:  # an unknown name, a truncated file and an unknown kind of model raise their own each
@@ -138,17 +140,36 @@ def _load_model(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
 def _load_adapter(name: str, num_labels: int, dtype: torch.dtype) -> nn.Module:
     from peft import AutoPeftModelForSequenceClassification
 
+    known = _of_its_model(name)
+    options = known if "id2label" in known else {**known, "num_labels": num_labels}
     try:
-        return AutoPeftModelForSequenceClassification.from_pretrained(name, num_labels=num_labels, dtype=dtype)
+        return AutoPeftModelForSequenceClassification.from_pretrained(name, dtype=dtype, **options)
     except RuntimeError as error:
-        # An adapter's files do not say how many classes its head has; the complaint about the head does.
+        # Most adapters' files do not say how many classes the head has; the complaint about the head does.
         found = re.search(rf"size mismatch for .*?\[(\d+).*?\[{num_labels}[,\]]", str(error))
-        if found is None or found[1] == str(num_labels):
+        if found is None or found[1] == str(num_labels) or "num_labels" not in options:
             raise
-        raise LabelMismatchError(
-            f"num_labels={num_labels}: the head of the adapter {name!r} has {found[1]} classes; evaluate a model "
-            "trained on this task."
-        ) from error
+        options["num_labels"] = int(found[1])
+    return AutoPeftModelForSequenceClassification.from_pretrained(name, dtype=dtype, **options)
+
+
+def _of_its_model(name: str) -> dict[str, Any]:
+    """Return the names of the classes and the padding, where an adapter's folder holds its model's configuration."""
+    file = Path(name) / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = {key: values[key] for key in ("id2label", "label2id", "pad_token_id") if values.get(key) is not None}
+    if "id2label" in known:
+        known["id2label"] = {int(index): label for index, label in known["id2label"].items()}
+    return known
+
+
+def _agree_on_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Give a decoder that has no padding its end of text, which is what it was trained with if it was in batches."""
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = text_config(model)
+    if config is not None and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _check_device(device: str) -> None:

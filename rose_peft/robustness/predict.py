@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Examples
-from .errors import ModelError
+from .errors import DivergedModelError, ModelError
 from .labels import label_order
 
 #: A single sentence, or the sentences of a pair.
@@ -87,6 +87,17 @@ _OFFSET_POSITIONS = {
 }
 
 
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of what reads the text, or None where the model has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _reads_the_last_token(model: nn.Module) -> bool:
+    """Whether a head reads the last token that is no padding: in `transformers` that of decoders, always `score`."""
+    return any(name.rpartition(".")[2] == "score" for name, _ in model.named_modules())
+
+
 class Predictor:
     """A model and its tokenizer as one function from texts to class scores.
 
@@ -100,7 +111,8 @@ class Predictor:
         order: Class index of each label number (see `label_order`); None keeps the model's order.
 
     Raises:
-        ModelError: If the tokenizer cannot pad, or the model has fewer positions than the longest input.
+        ModelError: If the tokenizer cannot pad or pads with what the model takes for text, or the model has fewer
+            positions than the longest input.
     """
 
     def __init__(
@@ -120,6 +132,12 @@ class Predictor:
                 "tokenizer.pad_token is not set, so texts cannot be batched; set it (often to eos_token) and "
                 "model.config.pad_token_id with it."
             )
+        pads = getattr(text_config(model), "pad_token_id", None)
+        if _reads_the_last_token(model) and pads != tokenizer.pad_token_id:
+            raise ModelError(
+                f"tokenizer.pad_token_id={tokenizer.pad_token_id}, but model.config.pad_token_id={pads}: the head "
+                "would read padding in place of the last token; set both to the one that the model was trained with."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -132,6 +150,8 @@ class Predictor:
                 f"max_length={max_length}: the model has {positions} positions; pass at most that, or leave it out."
             )
         self.max_length = max_length or longest_input(tokenizer, self.config)
+        # A table counts positions from the left, padding included, so on that side padding would move the text.
+        self._side = {"padding_side": "right"} if positions is not None else {}
         self.bf16 = bf16
         self.order = None if order is None else list(order)
 
@@ -158,9 +178,10 @@ class Predictor:
                 f"max_length={self.max_length}: leaves no room for text beside {special} special tokens; pass more, "
                 "or leave it out for the model's own."
             )
-        return dict(
-            self.tokenizer(*columns, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        )
+        if special == 0:  # of an empty text nothing would be left
+            columns[0] = [text or " " for text in columns[0]]
+        options = {"max_length": self.max_length, "return_tensors": "pt", **self._side}
+        return dict(self.tokenizer(*columns, padding=True, truncation=True, **options))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """Run the model on one batch as it is (no mode, no gradient setting) and return float32 logits on its device.
@@ -195,6 +216,9 @@ class Predictor:
 
         Returns:
             Logits, float32 on the CPU, of shape `[texts, classes]`, in the order of the texts.
+
+        Raises:
+            DivergedModelError: If they are not finite: class 0 would be read off them.
         """
         if not len(texts):
             raise ModelError("texts is empty; there is nothing to predict.")
@@ -211,6 +235,12 @@ class Predictor:
                     scores = logits.new_empty(len(texts), logits.shape[1])
                 scores[positions] = logits
         assert scores is not None
+        odd = (~scores.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if odd:
+            raise DivergedModelError(
+                f"model: {type(self.model).__name__} gives scores that are not finite for {len(odd)} of {len(texts)} "
+                f"texts, as for {texts[odd[0]]!r}; did its training diverge, or does it need another dtype?"
+            )
         return scores
 
     def classes(self, texts: Sequence[Text]) -> list[int]:

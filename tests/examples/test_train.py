@@ -28,7 +28,10 @@ pytest.importorskip("datasets")
 from examples import train  # noqa: E402
 from examples.training import data, demo_data, run  # noqa: E402
 from examples.training.arguments import TrainArguments  # noqa: E402
+from rose_peft.robustness import Predictor, load_classifier  # noqa: E402
+from rose_peft.robustness import load_file as load_examples  # noqa: E402
 from rose_peft.robustness.data import load_adv_glue, load_glue  # noqa: E402
+from rose_peft.robustness.estimate import share  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -476,7 +479,13 @@ def test_own_columns_and_named_labels(inputs: dict[str, str], tmp_path: Path) ->
     settings = ("--model_name_or_path", inputs["model"], "--output_dir", str(output), "--epochs", "1")
     assert train.main([*settings, *_csv(tmp_path, rows, rows), *columns]) == 0
     assert json.loads((output / "model" / "adapter_config.json").read_text())["peft_type"] == "ROSE"
-    assert json.loads((output / "results.json").read_text())["best"]["clean"]["n"] == 16
+    results = json.loads((output / "results.json").read_text())
+    assert results["best"]["clean"]["n"] == 16
+    # An adapter's own files do not say which number is which name; the kit must know all the same.
+    for names in (("bad", "good"), ("good", "bad")):
+        examples = load_examples(tmp_path / "validation.csv", ["label", "answer"], "opinion", names)
+        predictor = Predictor.for_examples(*load_classifier(output, 2), examples)
+        assert share(predictor.correct(examples)).value == results["best"]["clean"]["accuracy"]
     settings = ("--model_name_or_path", inputs["model"], "--output_dir", str(tmp_path / "plain"), "--epochs", "1")
     assert train.main([*settings, *_csv(tmp_path, rows, rows), *columns, "--strategy", "none"]) == 0
     assert json.loads((tmp_path / "plain" / "model" / "config.json").read_text())["id2label"] == {

@@ -164,6 +164,30 @@ def test_one_model_that_is_missing_costs_the_others_nothing(model: Path, sst2: P
     assert (tmp_path / "out" / "landscape.png").stat().st_size > 1000
 
 
+def test_a_landscape_belongs_to_the_seed_of_its_folder(model: Path, sst2: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "plain" / "seed3")
+    command = ["--models", f"plain={tmp_path / 'plain' / 'seed3'}", "--output_dir", str(tmp_path / "out")]
+    command += ["--task", "sst2", "--data_dir", str(sst2), "--points", "3", "--probes", "0", "--ascent_steps", "1"]
+    assert main(["landscape", *command, "--dimensions", "1"]) == 0
+    found = load_result(tmp_path / "out" / "plain" / "sharpness.result.json")
+    assert found.seed == 3 and found.config["dtype"] == "float32" and found.config["max_length"] == 48
+
+
+def test_consistency_reads_what_the_others_read(model: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text('text\na fine film\n""\ndull\n')
+    command = ["--model", str(model), "--output_dir", str(tmp_path / "out"), "--changes", "typos"]
+    table = ["--data_file", str(file), "--text_columns", "text"]
+    assert main(["consistency", *command, *table]) == 2
+    assert "example 1 is (nan,), not texts" in capsys.readouterr().err
+    assert main(["consistency", *command, *table, "--task", "sst2"]) == 2
+    assert "pass exactly one of them" in capsys.readouterr().err
+    file.write_text("text\na fine film\ndull\n")
+    assert main(["consistency", *command, *table]) == 0
+    config = load_result(tmp_path / "out" / "consistency.result.json").config
+    assert config["max_length"] == 48 and config["dtype"] == "float32" and config["texts"] == 2
+
+
 @pytest.mark.parametrize("option", [["--bf16"], ["--max_length", "20"], ["--allow_downloads"]])
 def test_speed_refuses_what_it_cannot_heed(option: list[str], model: Path, sst2: Path, capsys) -> None:
     command = ["--model", str(model), "--task", "sst2", "--data_dir", str(sst2), "--speed", *option]

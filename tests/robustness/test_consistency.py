@@ -10,7 +10,7 @@ import torch
 from transformers import OPTConfig, OPTForSequenceClassification
 
 from rose_peft.robustness.consistency import consistency
-from rose_peft.robustness.errors import MissingResourceError, RobustnessError
+from rose_peft.robustness.errors import MissingResourceError, ModelError, RobustnessError
 from rose_peft.robustness.noise import noisy_texts
 from tests.helpers.victims import KeywordModel, tiny_bert
 
@@ -46,6 +46,11 @@ def test_dropout_that_no_module_does_is_dropout(tokenizer: Any) -> None:
     config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, dropout=0.3, pad_token_id=0, **sizes)
     found = consistency(OPTForSequenceClassification(config), tokenizer, TEXTS, changes=["dropout"])
     assert found.divergence["dropout"].value > 0
+
+
+def test_a_model_with_one_score_has_no_class_to_flip(tokenizer: Any) -> None:
+    with pytest.raises(ModelError, match="gives one score per text"):
+        consistency(tiny_bert(tokenizer, classes=1), tokenizer, TEXTS, changes=["typos"])
 
 
 def test_what_cannot_be_done_is_said(tokenizer: Any, keyword_model: KeywordModel) -> None:

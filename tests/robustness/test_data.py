@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas
 import pytest
@@ -222,6 +223,49 @@ def test_samples_are_fixed_and_without_replacement() -> None:
     assert examples.sample(None) is examples
     with pytest.raises(DataError, match="num_examples=0"):
         examples.sample(0)
+
+
+def stars(path: Path, values: list[Any]) -> Path:
+    table = pandas.DataFrame({"text": ["a", "b", "c"], "label": values})
+    table.to_csv(path) if path.suffix == ".csv" else table.to_json(path, orient="records", lines=True)
+    return path
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_numbers_may_be_names(tmp_path: Path, name: str) -> None:
+    """As stars are, whatever the file makes of them."""
+    assert load_file(stars(tmp_path / name, [1, 5, 3]), ["text"], label_names=["1", "2", "3", "5"]).labels == (0, 3, 2)
+    assert load_file(stars(tmp_path / name, ["1", "5", "3"]), ["text"], label_names=["1", "3", "5"]).labels == (
+        0,
+        2,
+        1,
+    )
+    assert load_file(stars(tmp_path / name, [True, False, True]), ["text"], label_names=["True", "False"]).labels == (
+        (0, 1, 0)
+    )
+    assert load_file(stars(tmp_path / name, [0, 1, 2]), ["text"], label_names=["1", "2", "3"]).labels == (0, 1, 2)
+    assert load_file(stars(tmp_path / name, [0, 1, 1]), ["text"], label_names=["0", "1"]).labels == (0, 1, 1)
+    with pytest.raises(DataError, match=r"label=1 may be the name '1' or the number of '2' among"):
+        load_file(stars(tmp_path / name, [1, 2, 1]), ["text"], label_names=["1", "2", "3"])
+
+
+def test_names_that_the_data_carry_are_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["2", "1"])}
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=datasets.Features(kinds))
+    table.to_parquet(tmp_path / "x.parquet")
+    for found in (examples_from_columns(table, ["text"]), load_file(tmp_path / "x.parquet", ["text"])):
+        assert found.label_names == ("2", "1") and found.labels == (0, 1)
+    assert load_file(tmp_path / "x.parquet", ["text"], label_names=["a", "b"]).label_names == ("a", "b")
+
+
+def test_missing_values_of_nullable_columns_are_missing(tmp_path: Path) -> None:
+    table = pandas.DataFrame({"text": ["a", "b"], "label": pandas.array([1, None], dtype="Int64")})
+    table.to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="1 of 2 examples have no label"):
+        load_file(tmp_path / "x.parquet", ["text"])
+    with pytest.raises(DataError, match="1 of 2 examples have no label"):
+        examples_from_columns(table, ["text"])
 
 
 def config(*names: str) -> SimpleNamespace:

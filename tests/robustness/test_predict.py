@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from rose_peft.robustness.data import Examples
-from rose_peft.robustness.errors import LabelMismatchError, ModelError
+from rose_peft.robustness.errors import DivergedModelError, LabelMismatchError, ModelError
 from rose_peft.robustness.loading import load_classifier
 from rose_peft.robustness.predict import Predictor, evaluating
 from tests.helpers.victims import KeywordModel, tiny_bert
@@ -120,11 +121,76 @@ def test_an_encoder_and_an_adapter_get_the_datas_classes(tokenizer, tmp_path: Pa
     adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     adapted.save_pretrained(tmp_path / "lora")
     assert load_classifier(tmp_path / "lora", 3)[0].config.num_labels == 3
-    with pytest.raises(LabelMismatchError, match=r"num_labels=2: the head of the adapter .* has 3 classes; evaluate"):
-        load_classifier(tmp_path / "lora", 2)
+    assert load_classifier(tmp_path / "lora", 2)[0].config.num_labels == 3  # as a whole classifier keeps its own
     tiny_bert(tokenizer, hidden_size=32).bert.save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=r"cannot be loaded .*; pass a name that the hub has"):
         load_classifier(tmp_path / "lora", 3)
+
+
+def test_an_adapter_has_the_names_that_lie_beside_it(tokenizer, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    tiny_bert(tokenizer).bert.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = load_classifier(tmp_path / "base", 2)
+    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    adapted.save_pretrained(tmp_path / "lora")
+    model.config.id2label, model.config.label2id = {0: "positive", 1: "negative"}, {"positive": 0, "negative": 1}
+    model.config.save_pretrained(tmp_path / "lora")
+    loaded, words = load_classifier(tmp_path / "lora", 2)
+    data = Examples((("good",), ("bad",)), (1, 0), label_names=("negative", "positive"))
+    assert Predictor.for_examples(loaded, words, data).order == [1, 0]
+
+
+def tiny_gpt2(tokenizer, **changes):
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    return GPT2ForSequenceClassification(GPT2Config(vocab_size=len(tokenizer), num_labels=2, **sizes, **changes))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_is_read_at_its_last_word(tokenizer, side: str) -> None:
+    """However many texts are in a batch, and wherever the tokenizer would pad them."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.padding_side = side
+    model = tiny_gpt2(tokenizer, pad_token_id=0)
+    expected = one_by_one(model, tokenizer, TEXTS)
+    torch.testing.assert_close(Predictor(model, tokenizer)(TEXTS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pads", [None, 5])
+def test_a_decoder_that_takes_padding_for_text_is_refused(tokenizer, pads: int | None) -> None:
+    with pytest.raises(ModelError, match=rf"pad_token_id=0, but model\.config\.pad_token_id={pads}: the head"):
+        Predictor(tiny_gpt2(tokenizer, pad_token_id=pads), tokenizer)
+
+
+def test_a_decoder_without_padding_gets_its_end_of_text(tokenizer, tmp_path: Path) -> None:
+    words = copy.deepcopy(tokenizer)
+    words.model_input_names = ["input_ids", "attention_mask"]
+    words.pad_token, words.eos_token = None, "[SEP]"
+    words.save_pretrained(tmp_path)
+    tiny_gpt2(words, pad_token_id=None).save_pretrained(tmp_path)
+    model, loaded = load_classifier(tmp_path, 2)
+    assert loaded.pad_token == "[SEP]" and model.config.pad_token_id == loaded.pad_token_id == 3
+    assert Predictor(model, loaded)(TEXTS).shape == (5, 2)
+
+
+def test_scores_that_are_no_numbers_are_no_class(tokenizer, keyword_model: KeywordModel) -> None:
+    data = Examples((("good",), ("bad",)), (1, 0))
+    keyword_model.scale.data.fill_(float("nan"))
+    with pytest.raises(DivergedModelError, match=r"not finite for 2 of 2 texts, as for .*good"):
+        Predictor(keyword_model, tokenizer).correct(data)
+
+
+def test_an_empty_text_is_one_without_special_tokens_too(tokenizer) -> None:
+    words = copy.deepcopy(tokenizer)
+    words.backend_tokenizer.post_processor = None
+    words.backend_tokenizer.pre_tokenizer = None  # a space is a token then, as it is to byte-level tokenizers
+    predictor = Predictor(tiny_bert(tokenizer), words)
+    torch.testing.assert_close(predictor([""]), predictor(["", "good film"])[:1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_whose_file_is_not_whole_is_refused(tokenizer, tmp_path: Path) -> None:

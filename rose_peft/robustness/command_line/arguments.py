@@ -16,7 +16,7 @@ from torch import nn
 from ..data import Examples, get_task, load_file, load_glue, read_table
 from ..errors import DataError, RobustnessError
 from ..loading import load_classifier, model_name, model_seed
-from ..predict import Text
+from ..predict import Predictor, Text
 from ..robust_sets import load_robust_files
 
 
@@ -56,17 +56,10 @@ class DataArguments:
         Raises:
             RobustnessError: If options contradict each other or the data cannot be used.
         """
-        if (self.task is None) == (self.data_file is None):
-            raise DataError(f"task={self.task!r} and data_file={self.data_file!r}: pass exactly one of them.")
+        self._check()
         if self.task is not None:
-            if self.text_columns or self.label_names:
-                raise DataError("text_columns and label_names describe a data_file; a task knows its own.")
             return load_glue(self.task, self.data_dir, self.split)
         assert self.data_file is not None
-        if self.split is not None or self.data_dir is not None:
-            raise DataError("split and data_dir belong to a task; a data_file is read whole.")
-        if not self.text_columns:
-            raise DataError(f"data_file={self.data_file!r} needs --text_columns.")
         return load_file(self.data_file, self.text_columns, self.label_column, self.label_names or None)
 
     def load_texts(self) -> list[Text]:
@@ -75,13 +68,28 @@ class DataArguments:
         Raises:
             RobustnessError: If options contradict each other or the data cannot be used.
         """
-        if self.data_file is None or not self.text_columns:
+        self._check()
+        if self.data_file is None:
             return list(self.load().texts)
         table = read_table(self.data_file, self.text_columns)
         missing = [column for column in self.text_columns if column not in table]
         if missing:
             raise DataError(f"{self.data_file}: no column {missing[0]!r} among {list(table)}; name the right one.")
-        return [tuple(map(str, row)) for row in table[self.text_columns].itertuples(index=False)]
+        texts: list[Text] = list(table[self.text_columns].itertuples(index=False, name=None))
+        for position, text in enumerate(texts):
+            if not all(isinstance(part, str) for part in text):
+                raise DataError(f"{self.data_file}: example {position} is {text!r}, not texts.")
+        return texts
+
+    def _check(self) -> None:
+        if (self.task is None) == (self.data_file is None):
+            raise DataError(f"task={self.task!r} and data_file={self.data_file!r}: pass exactly one of them.")
+        if self.task is not None and (self.text_columns or self.label_names):
+            raise DataError("text_columns and label_names describe a data_file; a task knows its own.")
+        if self.data_file is not None and (self.split is not None or self.data_dir is not None):
+            raise DataError("split and data_dir belong to a task; a data_file is read whole.")
+        if self.data_file is not None and not self.text_columns:
+            raise DataError(f"data_file={self.data_file!r} needs --text_columns.")
 
     def load_robust(self, entries: Sequence[str]) -> dict[str, Examples]:
         """Load robust sets that are laid out as these examples.
@@ -96,7 +104,7 @@ class DataArguments:
 
     def classes(self, examples: Examples) -> int:
         """Return the number of classes a model for these examples has."""
-        return len(self.names()) or max(examples.labels) + 1
+        return len(examples.label_names or ()) or max(examples.labels) + 1
 
     def names(self) -> list[str]:
         """Return the names of the labels, where options or task say them."""
@@ -146,6 +154,16 @@ class RunArguments:
     def options(self) -> dict[str, Any]:
         """Return the options of `Predictor`."""
         return {"batch_size": self.batch_size, "max_length": self.max_length, "bf16": self.bf16}
+
+    def written(self, model: nn.Module, tokenizer: Any) -> dict[str, Any]:
+        """Return what a result file says of how the model was run.
+
+        Args:
+            model: As `load` gave it.
+            tokenizer: Likewise.
+        """
+        longest = Predictor(model, tokenizer, **self.options()).max_length
+        return {**self.options(), "max_length": longest, "dtype": self.dtype, "tokenizer": self.tokenizer}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..consistency import DEFAULT_CHANGES, consistency
+from ..data import digest
 from ..errors import RobustnessError
 from ..noise import KINDS
 from ..results import SUFFIX, Result
@@ -51,7 +52,14 @@ def main(argv: list[str]) -> int:
             task=data.task or str(data.data_file),
             seed=training_seed,
             rows=found.rows(),
-            config={"seed": args.seed, "texts": len(texts), "unavailable": found.unavailable, **run.options()},
+            config={
+                "seed": args.seed,
+                "data": digest(texts),
+                "texts": len(texts),
+                "unavailable": found.unavailable,
+                "model": args.model,
+                **run.written(model, tokenizer),
+            },
         ).save(folder / f"consistency{SUFFIX}")
     except RobustnessError as error:
         return fail(error)

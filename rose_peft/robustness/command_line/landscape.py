@@ -26,6 +26,7 @@ from ..landscape import (
     loss_surface,
     measure_sharpness,
 )
+from ..loading import model_seed
 from ..plotting import plot_surfaces
 from ..predict import Predictor
 from ..results import SUFFIX, Result, write_json
@@ -49,7 +50,10 @@ class LandscapeArguments:
     ceiling: float | None = field(default=None, metadata={"help": "Highest loss told apart in the picture."})
     epsilon: float = field(default=0.005, metadata={"help": "Radius of the ball of the worst loss, over the norm."})
     ascent_steps: int = field(default=10, metadata={"help": "Steps of the search for the worst loss."})
-    training_seed: int = field(default=0, metadata={"help": "Seed the models were trained with, for result files."})
+    training_seed: int | None = field(
+        default=None,
+        metadata={"help": "Seed that the models were trained with. Default: N of a folder seedN, else 0."},
+    )
     probes: int = field(default=16, metadata={"help": "Random probes of the Hessian's trace; 0 leaves it out."})
 
 
@@ -72,9 +76,14 @@ def measure(
     Result(
         method=name,
         task=data.task or examples.name,
-        seed=args.training_seed,
+        seed=(model_seed(path) or 0) if args.training_seed is None else args.training_seed,
         rows=rows,
-        config={**dataclasses.asdict(args), "model": path, "data": examples.fingerprint()},
+        config={
+            **dataclasses.asdict(args),
+            "data": examples.fingerprint(),
+            "model": path,
+            **run.written(model, tokenizer),
+        },
     ).save(Path(args.output_dir) / name / f"sharpness{SUFFIX}")
     print(f"{name}: " + ", ".join(f"{row.title} {row.estimate}" for row in rows))
     return loss_surface(

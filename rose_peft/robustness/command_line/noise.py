@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
                 "rates": args.rates,
                 "words_changed": words_changed,
                 "unavailable": unavailable,
-                **run.options(),
+                "model": args.model,
+                **run.written(model, tokenizer),
             },
         ).save(folder / f"noise{SUFFIX}")
     except RobustnessError as error:

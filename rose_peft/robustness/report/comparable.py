@@ -28,6 +28,8 @@ def with_noise_mean(frame: DataFrame, task: str) -> tuple[DataFrame, list[str]]:
     noise = frame[frame["measure"] == "noise_accuracy"].dropna(subset="value")
     if noise.empty:
         return frame, []
+    # A mean that a file holds itself is over what that run had.
+    frame = frame[frame["measure"] != "noise_mean_accuracy"]
     table = noise.pivot(index=["method", "seed"], columns=["part", "rate"], values="value")
     settings = list(dict.fromkeys(zip(noise["part"], noise["rate"], strict=True)))
     common = [setting for setting in settings if table[setting].notna().all()]
@@ -95,23 +97,23 @@ def unequal_budgets(runs: Sequence[Run], task: str) -> list[str]:
     ]
 
 
-# How a model was evaluated, by the names that the commands and the benchmark write down.
-_SETTINGS = ("max_length", "bf16", "products")
+# How a model was evaluated, and on what, by the names that the commands and the benchmark write down.
+_SETTINGS = ("max_length", "bf16", "dtype", "products", "data", "noise_seed", "seed")
 
 
 def unequal_settings(runs: Sequence[Run], task: str) -> list[str]:
     """Name the settings under which some runs of a task were evaluated otherwise than others."""
-    found: dict[str, dict[tuple[str, int], str]] = {name: {} for name in _SETTINGS}
+    found: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
     for result in (run.result for run in runs):
         settings = {**result.config, **result.config.get("evaluation", {})}
-        for name in _SETTINGS:
-            if name in settings:
-                found[name].setdefault((result.method, result.seed), str(settings[name]))
-    return [
-        f"{task}: runs were not evaluated alike: with {name}={_by_value(by_run)}."
-        for name, by_run in found.items()
-        if len(set(by_run.values())) > 1
-    ]
+        # Number by number, for each evaluation may have settings of its own; clean accuracies come with all of them.
+        for measure in {row.measure for row in result.rows} - {"clean_accuracy"} or {"clean_accuracy"}:
+            for name in _SETTINGS:
+                if name in settings:
+                    by_run = found.setdefault((name, measure), {})
+                    by_run.setdefault((result.method, result.seed), str(settings[name]))
+    lines = {(name, _by_value(by_run)) for (name, _), by_run in sorted(found.items()) if len(set(by_run.values())) > 1}
+    return [f"{task}: runs were not evaluated alike: with {name}={values}." for name, values in sorted(lines)]
 
 
 def broken_attacks(frame: DataFrame, task: str) -> list[str]:

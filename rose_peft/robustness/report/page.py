@@ -110,6 +110,8 @@ def write_report(
         none = f"paths: no result files (*{SUFFIX}) there; pass folders with what the kit wrote."
         raise ResultFileError("; ".join(problems) or none)
     frame = gather(runs, problems)
+    if frame.empty:
+        raise ResultFileError("; ".join([*problems, f"{runs[0].path}: holds no rows; run that evaluation again."]))
     folder.mkdir(parents=True, exist_ok=True)
     methods = _methods(frame, baseline, order)
     tasks = list(dict.fromkeys(frame["task"]))

@@ -179,7 +179,7 @@ def equal_clean_table(courses: Mapping[str, Mapping[str, Course]], baseline: str
         f"Difference to {baseline} in robust accuracy at equal clean accuracy, from both accuracies after each epoch: "
         "one line per method with a common slope. Only epochs within the clean accuracies that both have count, so "
         "often not the best ones, which the tables above show. With its 95 % bootstrap interval over seeds, which "
-        "is too narrow over few (of three seeds without any difference one in five excludes zero), and the number of "
+        "is too narrow over few (of three seeds without any difference one in four excludes zero), and the number of "
         "seeds.",
         "",
         *_head([f"{name} accuracy (points)" for name in sets]),

@@ -367,6 +367,18 @@ def test_other_settings_and_seeds_are_named(tmp_path: Path) -> None:
         "sst2: runs were not evaluated alike: with max_length=384 for rose (seed 0), and 64 for the others."
     ]
     assert "different seeds" not in report.page.read_text()
+    for seed, settings in ((1, {"noise_seed": 7}), (2, {"noise_seed": 0, "dtype": "bfloat16", "data": "1"})):
+        other = result("rose", seed)
+        other.config = settings
+        other.save(tmp_path / "out" / f"{seed}.result.json")
+    # A second file about other numbers of the same run hides nothing.
+    steady = result("plain", 0)
+    steady.rows = [Row("flipped_share", Estimate(0.1, 100), "typos")]
+    steady.config = {"max_length": 384}
+    steady.save(tmp_path / "out" / "a.result.json")
+    assert write_report([tmp_path / "out"], tmp_path / "page").problems[-1:] == [
+        "sst2: runs were not evaluated alike: with noise_seed=0 for rose (seed 2), and 7 for the others."
+    ]
     result("rose", 1).save(tmp_path / "more.result.json")
     assert "Methods have different seeds here" in write_report([tmp_path], tmp_path / "out").page.read_text()
 
