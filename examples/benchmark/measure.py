@@ -11,7 +11,6 @@ import torch
 from rose_peft.robustness import (
     AttackReport,
     DataError,
-    DivergedModelError,
     Examples,
     MissingResourceError,
     Predictor,
@@ -112,7 +111,7 @@ def measure(
             # Their clean accuracy is one of a sample; the one of the whole set is there already.
             rows += [row for row in attacks.rows() if row.measure != "clean_accuracy"]
             unavailable |= {f"attack {name}": lack for name, lack in attacks.unavailable.items()}
-        except (MissingResourceError, DivergedModelError) as error:
+        except MissingResourceError as error:
             unavailable["attacks"] = str(error)
     if settings.sharpness_examples:
         sample = examples.sample(settings.sharpness_examples, settings.seed)

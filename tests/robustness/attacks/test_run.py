@@ -256,7 +256,7 @@ def test_a_failing_model_is_an_error_and_no_outcome(offline_textattack, tokenize
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     diverged = KeywordModel(tokenizer)
     diverged.scale.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match="scores that are not finite for texts like 'the story was good'"):
+    with pytest.raises(ModelError, match="scores that are not finite for 1 of 1 texts, as for 'the story was good'"):
         attack(diverged, tokenizer, tmp_path / "diverged")
 
 
