@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .outputs import HeadKind, class_dimension, counted_positions, head_kind
+from .outputs import HeadKind, class_dimension, classes_second, counted_positions, head_kind
 
 
 def divergence(first: Tensor, second: Tensor, kind: HeadKind) -> Tensor:
@@ -65,6 +65,7 @@ def logits_divergence(
     total: Tensor | None = None
     equal: Tensor | None = None
     for one, two in zip(first, second, strict=True):
+        one, two = classes_second(one, inputs), classes_second(two, inputs)
         same = _are_equal(one, two, rounding)
         equal = same if equal is None else equal & same
         # Positions of a span head (one logit per token) are the classes of a distribution over the sequence.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 
 # Numbers that modules keep for their own calls of `F.dropout`; not `layerdrop`, which leaves out whole layers.
 _NUMBERS = re.compile(r"(?:^|_)(?:dropout|pdrop)(?:_p|_prob|_rate|_ratio)?$")
+
+
+def drops_layers(module: nn.Module) -> bool:
+    """Whether a module leaves out whole layers for all rows of a call, as speech models and BART can.
+
+    Args:
+        module: Any module; those inside it are not looked at.
+    """
+    settings = itertools.chain(vars(module).items(), getattr(getattr(module, "config", None), "__dict__", {}).items())
+    return any("layerdrop" in name and value for name, value in settings)
 
 
 def dropout_modules(model: nn.Module) -> list[tuple[nn.Module, str]]:

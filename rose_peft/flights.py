@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from .decision import Decision
 from .engines.seam import Turn
 from .errors import UnsupportedOptimizerError
+from .hooks import is_stepping
 from .momentum_begins import Beginning, require_momentum
 from .norms import IndexedTensors
 from .optimizers import owned_groups
@@ -150,6 +151,9 @@ class Flights:
         for identity, flight in list(self._flights.items()):
             if optimizer is not None and identity != id(optimizer):
                 continue
+            stepping = flight.optimizer()
+            if stepping is not None and is_stepping(stepping, elsewhere=True):
+                continue  # this thread only looks at the model, to evaluate or to save it
             if flight.stepped or (flight.step is not None and flight.turn.last and flight.step.taken()):
                 flight.land()
             elif flight.step is not None:

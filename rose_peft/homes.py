@@ -72,6 +72,9 @@ class Homes:
         places = {identity: place for place, identity in enumerate(groups)}
         for _, param in parameters:
             if id(param) in groups:
+                for group in whole_groups(optimizer):  # it may have lain elsewhere, before earlier units thawed
+                    if group is not groups[id(param)]:
+                        state.leave(group)
                 state.adopt(groups[id(param)], f"{self._owner}.{adapter}@{places[id(param)]}")
                 self._optimizers.add(optimizer)
                 self._latest[adapter] = weakref.ref(optimizer), state

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Protocol, cast
 
 import torch
@@ -149,7 +149,7 @@ class _SettlingZeroGrad:
 
 
 def _settle(optimizer: Optimizer) -> None:
-    if _is_stepping(optimizer):
+    if is_stepping(optimizer):
         return  # some let go of the gradients themselves, before they have moved everything
     for observer in observers():
         observer.settle(optimizer)
@@ -159,13 +159,20 @@ def _settle(optimizer: Optimizer) -> None:
 _STEP: CodeType = cast(Any, Optimizer.profile_hook_step)(lambda optimizer: None).__code__
 
 
-def _is_stepping(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is in the middle of its step, rather than after one that raised."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
-            return True
-        frame = frame.f_back
+def is_stepping(optimizer: Optimizer, elsewhere: bool = False) -> bool:
+    """Whether an optimizer is in the middle of its step, rather than after one that raised.
+
+    Args:
+        optimizer: The optimizer.
+        elsewhere: Whether to look at the other threads only.
+    """
+    mine = threading.get_ident()
+    for thread, top in sys._current_frames().items():
+        frame: FrameType | None = None if elsewhere and thread == mine else top
+        while frame is not None:
+            if frame.f_code is _STEP and frame.f_locals.get("self") is optimizer:
+                return True
+            frame = frame.f_back
     return False
 
 

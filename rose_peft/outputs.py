@@ -62,14 +62,19 @@ def logits_of(output: Any, model: nn.Module | None = None) -> tuple[Tensor, ...]
         for keys in (("logits",), ("start_logits", "end_logits")):
             if all(isinstance(output.get(key), Tensor) for key in keys):
                 return tuple(output[key] for key in keys)
+        lack = "but no logits"
+        if output.get("logits") is not None:
+            lack = f"whose logits are a {type(output['logits']).__name__}, not a tensor"
         raise UnsupportedModelError(
-            f"The model returned {kind} with {', '.join(map(str, output))}, but no logits, so the "
-            "outputs of two passes cannot be compared. Use a model with a head, or strategy='second_order'."
+            f"The model returned {kind} with {', '.join(map(str, output))}, {lack}, so the outputs of two passes "
+            "cannot be compared. Use a model with a head that gives one tensor, or strategy='second_order'."
         )
     if isinstance(output, tuple):
         tensors = [item for item in output if isinstance(item, Tensor) and item.dim() > 0]
         has_loss = isinstance(output[0], Tensor) and output[0].dim() == 0 if output else False
         ordered = model is None or has_loss or isinstance(unwrapped(model), PreTrainedModel)
+        if _is_of_spans(model) and [tensor.dim() for tensor in tensors[:2]] == [2, 2]:
+            return tensors[0], tensors[1]  # start and end
         if len(tensors) == 1 or (tensors and ordered):
             return (tensors[0],)
         if tensors:
@@ -83,6 +88,10 @@ def logits_of(output: Any, model: nn.Module | None = None) -> tuple[Tensor, ...]
         f"The model returned {kind}{scalar}, in which no logits were found, so the outputs of two passes "
         "cannot be compared. Return a ModelOutput with `logits`, or use strategy='second_order'."
     )
+
+
+def _is_of_spans(model: nn.Module | None) -> bool:
+    return model is not None and type(unwrapped(model)).__name__.endswith("ForQuestionAnswering")
 
 
 def asking_for_logits(output: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,6 +155,23 @@ def class_dimension(logits: Tensor) -> int:
     return 1 if logits.dim() > 3 else -1
 
 
+def classes_second(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of more than three dimensions with their classes in the second one, where they were in the last.
+
+    Images have them in the second one, pairs of tokens and several choices of a text in the last.
+
+    Args:
+        logits: [B, C, H, W] and more, or [B, ..., C].
+        inputs: Arguments of the forward call by name; the shape of `labels` tells, else whether there is text.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != logits.dim() - 1:
+        last = inputs.get("input_ids") is not None and inputs.get("pixel_values") is None
+    else:
+        last = labels.shape == logits.shape[:-1] and labels.shape != logits.shape[:1] + logits.shape[2:]
+    return logits.movedim(-1, 1) if logits.dim() > 3 and last else logits
+
+
 def head_kind(logits: Tensor, problem_type: str | None, head: str | None = None) -> HeadKind:
     """Tell what logits mean: as the user says, by the `problem_type` of transformers, else by the number of outputs.
 
@@ -171,8 +197,8 @@ def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -
 
     Args:
         logits: [B, T, C].
-        inputs: Arguments of the forward call by name; `labels`, `decoder_attention_mask` and `attention_mask` count,
-            as far as `logits_to_keep` goes.
+        inputs: Arguments of the forward call by name; `labels`, `decoder_attention_mask` and, where the decoder has
+            no inputs of its own, `attention_mask` count, as far as `logits_to_keep` goes.
         causal: Whether the logits at position t predict the label at t + 1.
 
     Returns:
@@ -185,7 +211,9 @@ def counted_positions(logits: Tensor, inputs: Mapping[str, Any], causal: bool) -
         if causal:
             counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
         found.append(counted)
-    masks = [inputs.get(name) for name in ("decoder_attention_mask", "attention_mask")]
+    # Beside a decoder's own inputs the other mask is the encoder's, whose length may be the same by chance.
+    own = any(inputs.get(f"decoder_{name}") is not None for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    masks = [inputs.get("decoder_attention_mask" if own else "attention_mask")]
     found += [mask.bool() for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
     kept = inputs.get("logits_to_keep")
     for counted in found if logits.dim() == 3 else ():

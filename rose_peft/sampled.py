@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from .dropout import drops_layers
 from .inputs import take_rows, tensors_inside, without_cache
 from .norms import IndexedTensors
 from .outputs import asking_for_logits
@@ -102,13 +103,7 @@ def _rows_are_apart(module: nn.Module, logits: Sequence[Tensor]) -> bool:
     """Whether what comes of a row depends on no other row of the call, nor on a draw that is made once for all."""
     if any(len(part) in part.shape[1:] for part in logits):  # similarities of rows, or by chance
         return False
-    return not any(isinstance(inner, _BatchNorm) or _drops_layers(inner) for inner in module.modules())
-
-
-def _drops_layers(module: nn.Module) -> bool:
-    """Whether a module leaves out whole layers for all rows of a call, as speech models and BART can."""
-    settings = itertools.chain(vars(module).items(), getattr(getattr(module, "config", None), "__dict__", {}).items())
-    return any("layerdrop" in name and value for name, value in settings)
+    return not any(isinstance(inner, _BatchNorm) or drops_layers(inner) for inner in module.modules())
 
 
 def sampled_pass(

@@ -318,6 +318,12 @@ def refuse_quantized(model: nn.Module) -> None:
     """
     marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
     mark = next((mark for mark in marks if getattr(model, mark, None)), None)
+    complex_one = next((name for name, param in model.named_parameters() if param.is_complex()), None)
+    if complex_one is not None:
+        raise UnsupportedModelError(
+            f"{complex_one} is complex, and full fine-tuning masks real weights. Train an adapter over the model: "
+            "ROSEConfig(base_config=LoraConfig(...))."
+        )
     integer = next((name for name, param in model.named_parameters() if not param.is_floating_point()), None)
     if mark is not None or integer is not None:
         found = f"model.{mark}={getattr(model, mark)}" if mark else f"{integer} has an integer dtype"

@@ -290,7 +290,7 @@ class LiveUnits:
         self._signature = self._structure()
         self._witness = self._first_tuner_layer()
         self.by_adapter = self._units_by_adapter()
-        self._holders = self._first_holders()
+        self._holders = self._find_holders()
         self._warn_of_small_coverage()
         self._warn_of_a_single_unit()
 
@@ -401,7 +401,11 @@ class LiveUnits:
 
     def training(self) -> list[str]:
         """Names of the adapters that train now; none while they are merged or disabled."""
-        resting = {name for name, layer in self._holders.items() if layer.merged or layer.disable_adapters}
+        resting = {
+            name
+            for name, layers in self._holders.items()
+            if all(layer.merged or layer.disable_adapters for layer in layers)
+        }
         return [
             name
             for name, units in self.by_adapter.items()
@@ -463,17 +467,20 @@ class LiveUnits:
                         waiting.append(child)
         return adapters, hash(tuple(found))
 
-    def _first_holders(self) -> dict[str, BaseTunerLayer]:
-        """A tuner layer that holds each adapter: another one may be merged in the layers that this one is not in."""
-        found: dict[str, BaseTunerLayer] = {}
+    def _find_holders(self) -> dict[str, list[BaseTunerLayer]]:
+        """The tuner layers that hold each adapter: another one may be merged in the layers that this one is not in.
+
+        All of them, for two towers of one model may have adapters of one name, of which one rests.
+        """
+        found: dict[str, list[BaseTunerLayer]] = {}
         for layer in self.model.modules():
             if isinstance(layer, BaseTunerLayer):
                 held = layer._get_available_adapters()
                 for name in self.by_adapter:
                     if name in held:
-                        found.setdefault(name, layer)
+                        found.setdefault(name, []).append(layer)
         if isinstance(self._witness, BaseTunerLayer):
-            return {name: found.get(name, self._witness) for name in self.by_adapter}
+            return {name: found.get(name, [self._witness]) for name in self.by_adapter}
         return found
 
     def _first_tuner_layer(self) -> nn.Module | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .average import RiskFigures
-from .dropout import dropout_modules
+from .dropout import dropout_modules, drops_layers
 from .errors import RoseInactiveError
 from .norms import IndexedTensors, local_part
 
@@ -27,6 +27,8 @@ STRAY_STEPS = 50
 # Optimizer steps in a row whose risk passes say nothing: none is finite, or both outputs are equal although there is
 # dropout; of the latter the steps between two sampled passes count too.
 IDLE_STEPS = 50
+# Steps in a row whose risk passes reach too few units, of a model that leaves out layers by chance.
+MISSED_WINDOWS = 16
 
 
 class Watchdog:
@@ -52,6 +54,8 @@ class Watchdog:
         self._stray_steps = 0
         self._idle_steps = 0
         self._equal = False
+        self._ever_reached: set[int] = set()
+        self._missed = 0
         # Until risk passes have differed once, it is worth its price to compare them to the last bit.
         self.passes_differed = False
         self._stepped = _GradientMark()
@@ -176,13 +180,19 @@ class Watchdog:
             RoseInactiveError: If half of them or more are missing.
         """
         trained = {index for index, _ in stepping}
+        # A layer that was left out of this pass, by chance, was in an earlier one.
+        self._ever_reached |= reached
         # Experts that no token of a small pass, or of this process, went to have fellows that some went to.
         kinds = {_kind(self._units[index]) for index in reached}
-        unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
+        unreached = [index for index in trained - self._ever_reached if _kind(self._units[index]) not in kinds]
         if 2 * len(unreached) >= len(trained):  # zeros that zero_grad(set_to_none=False) left are asked for only here
             trained = {index for index, param in stepping if _may_train(param)}
             unreached = [index for index in unreached if index in trained]
-        if unreached and 2 * len(unreached) >= len(trained):
+        missing = bool(unreached) and 2 * len(unreached) >= len(trained)
+        self._missed = self._missed + 1 if missing else 0
+        host = self._host()
+        by_chance = host is not None and any(map(drops_layers, host.modules())) and self._missed <= MISSED_WINDOWS
+        if missing and not by_chance:
             raise RoseInactiveError(
                 f"{len(unreached)} of {len(self._units)} units have a gradient of the loss but none of the dropout "
                 f"divergence (first: {self._units[min(unreached)]!r}). With gradient checkpointing pass "
@@ -228,8 +238,8 @@ class Watchdog:
                 "training, or use strategy='second_order'."
             )
         return RoseInactiveError(
-            f"{start}call the model that get_peft_model returned, in train mode and with gradients on, or use "
-            "strategy='second_order'."
+            f"{start}call the model that get_peft_model returned (itself, not its forward()), in train mode and with "
+            "gradients on, or use strategy='second_order'."
         )
 
     def _check_dropout(self) -> None:

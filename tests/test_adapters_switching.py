@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from rose_peft import ROSEConfig, RoseSelector, get_selector
+from rose_peft import ROSEConfig, RoseSelector, attach_rose, get_selector
 from tests.helpers.held import held_tensors
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.watching import assert_masks_acted, backward, train_step, unit_weights, watched_step
@@ -224,3 +224,31 @@ def test_a_reference_pass_between_forward_and_backward_is_harmless(kind: str, wa
     for name, param in plain.named_parameters():
         assert torch.equal(param, dict(watched.named_parameters())[name]), name
     assert str(get_selector(plain).statistics()) == str(get_selector(watched).statistics())
+
+
+class Towers(torch.nn.Module):
+    """Two LoRA models side by side, both with an adapter called "default"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        lora = LoraConfig(r=2, lora_alpha=8, target_modules=["query", "dense"], init_lora_weights=False)
+        self.a, self.b = (get_peft_model(tiny_bert(seed), lora) for seed in (0, 1))
+
+    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
+        outputs = self.a(**inputs), self.b(**inputs)
+        return {"loss": outputs[0].loss + outputs[1].loss, "logits": outputs[0].logits + outputs[1].logits}
+
+
+@pytest.mark.parametrize("resting", ["a", "b"])
+def test_one_tower_trains_while_the_other_ones_adapter_rests(resting: str) -> None:
+    model = Towers().train()
+    selector = attach_rose(model, ROSEConfig(upper_quantile=0.5))
+    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=1e-2)
+    getattr(model, resting).merge_adapter()
+    for step in range(2):
+        model(**batch(model.a, seed=step))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = selector.state.unit_steps > 0
+    assert selector.statistics().steps == 2
+    assert [unit.name.startswith(f"{resting}.") for unit in selector.units] == (~trained).tolist()

@@ -1247,3 +1247,10 @@ def test_a_model_that_lost_all_its_units_is_refused_when_it_trains_on_and_others
         model(**batch(model))
     with pytest.raises(TargetModulesError, match="leaves no weight to mask"):
         model(**batch(model))
+
+
+def test_complex_weights_are_named() -> None:
+    """They are no integers, as those of a quantized base are."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(UnsupportedModelError, match=r"1\.weight is complex"):
+        get_peft_model(model, ROSEConfig(target_modules=["0"], strategy="second_order"))

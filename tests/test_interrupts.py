@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -284,3 +285,37 @@ def test_an_interrupt_in_the_passes_of_the_model(strategy: str, at: int) -> None
 
     plain, interrupted = run(False), run(True)
     assert not [name for name in differences(plain, interrupted) if not name.startswith("gradient")]
+
+
+@pytest.mark.parametrize("look", ["evaluate", "save", "save the optimizer"])
+def test_whoever_looks_from_another_thread_takes_no_step_for_an_interrupted_one(
+    look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an evaluation or a checkpoint in the background does, in the middle of a step."""
+    model = tiny_bert()
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", upper_quantile=0.3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    actions = {"evaluate": lambda: model(**batch(model)), "save": model.state_dict, "save the optimizer": None}
+    action = actions[look] or optimizer.state_dict
+    seen = []
+
+    def other() -> None:
+        with torch.no_grad():
+            action()
+        seen.append(True)
+
+    functional = sys.modules["torch.optim.sgd"]
+    original = functional.sgd
+
+    def sgd(*args: Any, **kwargs: Any) -> None:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "sgd", sgd)
+    for step in range(3):
+        before = unit_weights(selector)
+        train_step(model, optimizer, step)
+        assert 0 in assert_masks_acted(selector, before).values()
+    assert selector.statistics().steps == 3 and len(seen) >= 3

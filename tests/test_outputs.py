@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rose_peft import ROSEConfig, RoseError, UnsupportedModelError, attach_rose, get_selector
-from rose_peft.outputs import counted_positions
+from rose_peft.divergence import logits_divergence
+from rose_peft.outputs import counted_positions, logits_of
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.training import optimizer_of
 
@@ -359,3 +360,54 @@ def test_padding_does_not_count_among_kept_logits(kept: Any) -> None:
     assert counted.tolist() == [[True, True, False], [False, False, False]]
     whole = counted_positions(torch.zeros(2, 5, 7), {"attention_mask": mask, "logits_to_keep": 0}, True)
     assert torch.equal(whole, mask.bool())
+
+
+@pytest.mark.parametrize("own", ["decoder_input_ids", "decoder_inputs_embeds"])
+def test_an_encoders_padding_says_nothing_of_the_decoder(own: str) -> None:
+    """As many tokens in both, by chance or by padding to one length, where the Trainer has popped the labels."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    inputs = {"attention_mask": mask, own: torch.ones(2, 4)}
+    assert counted_positions(torch.zeros(2, 4, 7), inputs, False) is None
+    inputs["decoder_attention_mask"] = 1 - mask
+    assert torch.equal(counted_positions(torch.zeros(2, 4, 7), inputs, False), mask == 0)
+    # BART makes its decoder's inputs from the encoder's.
+    assert torch.equal(counted_positions(torch.zeros(2, 4, 7), {"attention_mask": mask, own: None}, False), mask == 1)
+
+
+def test_start_and_end_count_in_tuples_too() -> None:
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = BertForQuestionAnswering(BertConfig(vocab_size=20, **sizes))
+    inputs = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+    labels = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
+    model.eval()
+    for more in ({}, labels):
+        wanted = logits_of(model(**inputs, **more), model)
+        found = logits_of(model(**inputs, **more, return_dict=False), model)
+        assert len(found) == 2 and all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "dim"),
+    [
+        ((2, 5, 4, 3), {"labels": torch.zeros(2, 5, 4)}, -1),  # a label for each pair of tokens
+        ((2, 5, 4, 3), {"input_ids": torch.zeros(2, 5)}, -1),
+        ((2, 3, 5, 4), {"labels": torch.zeros(2, 5, 4)}, 1),  # a label for each pixel
+        ((2, 3, 5, 4), {"labels": torch.zeros(2, 10, 8), "pixel_values": torch.zeros(2, 3, 9, 9)}, 1),
+        ((2, 3, 5, 4), {"input_ids": torch.zeros(2, 5), "pixel_values": torch.zeros(2, 3, 9, 9)}, 1),
+        ((2, 3, 3, 3), {"labels": torch.zeros(2, 3, 3)}, 1),  # may be either: as torch's losses have it
+        ((2, 3, 5, 4), {"image": torch.zeros(2, 3, 9, 9)}, 1),
+    ],
+)
+def test_where_the_classes_lie_in_four_dimensions(shape: tuple[int, ...], inputs: dict[str, Any], dim: int) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(shape), torch.randn(shape)
+    logs = [torch.log_softmax(logits, dim) for logits in (first, second)]
+    expected = ((logs[0].exp() - logs[1].exp()) * (logs[0] - logs[1])).sum() / 4
+    torch.testing.assert_close(logits_divergence([first], [second], inputs)[0], expected)
+
+
+def test_logits_of_several_heads_are_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="whose logits are a tuple, not a tensor"):
+        logits_of({"loss": torch.zeros(()), "logits": (torch.zeros(2, 3), torch.zeros(2, 3))})

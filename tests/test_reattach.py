@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from rose_peft import ROSEConfig, RoseSelector, attach_rose, detach_rose, get_selector
+from rose_peft import ROSEConfig, RoseSelector, attach_rose, detach_rose, get_selector, plot_masks
+from rose_peft.state import STATE_KEY
+from tests.helpers.blocks import Blocks, set_gradients
 from tests.helpers.held import held_tensors
 from tests.helpers.tiny import tiny_bert
 from tests.helpers.watching import backward, train_step, watched_step
@@ -227,3 +230,18 @@ def test_a_copy_goes_by_the_settings_that_overruled_those_of_the_adapter(tmp_pat
             "first_order",
             0.4,
         )
+
+
+def test_groups_that_come_later_leave_one_state_in_the_optimizer(tmp_path: Path) -> None:
+    """As in gradual unfreezing from the top: the first unit that the optimizer holds is another one each time."""
+    model = Blocks()
+    selector = attach_rose(model, ROSEConfig(strategy="second_order"))
+    optimizer = torch.optim.AdamW(model.layers[-1].parameters(), lr=1e-2)
+    for layer in reversed(model.layers[:-1]):
+        optimizer.add_param_group({"params": list(layer.parameters())})
+        set_gradients(model, 0)
+        optimizer.step()
+    held = [key for group in optimizer.param_groups for key in group.get(STATE_KEY, {})]
+    assert len(held) == 1 and selector.statistics().steps == 4
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert plot_masks(str(tmp_path / "optimizer.pt")) is not None

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rose_peft import ROSEConfig, RoseError, RoseInactiveError, UnsupportedOptimizerError, attach_rose, get_selector
+from tests.helpers.blocks import DropoutBlocks
 from tests.helpers.tiny import batch, tiny_bert
 from tests.helpers.watching import assert_masks_acted, backward, train_step, unit_weights
 
@@ -287,3 +288,42 @@ def test_an_optimizer_of_the_head_beside_that_of_the_units_is_fine() -> None:
         head.step()
         if step % 10 == 9:
             rest.step()
+
+
+class Dropping(DropoutBlocks):
+    """Leaves whole layers out of the calls that it is told, as LayerDrop does by chance."""
+
+    def __init__(self, layerdrop: float) -> None:
+        super().__init__(depth=4, dtype=torch.float32)
+        self.layerdrop = layerdrop
+        self.calls, self.left_out = 0, frozenset[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for number, layer in enumerate(self.layers):
+            # Each step makes a call of the user's and two small passes.
+            if self.calls % 3 == 1 or number not in self.left_out:
+                x = nn.functional.dropout(layer(x), 0.3, training=self.training)
+        return self.head(x)
+
+
+def dropping_steps(model: Dropping, left_out: list[set[int]]) -> int:
+    selector = attach_rose(model, ROSEConfig(strategy="first_order", risk_pass="sampled", risk_interval=1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for layers in left_out:
+        model.left_out = frozenset(layers)
+        model.calls = 0
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return selector.statistics().steps
+
+
+def test_layers_that_are_left_out_by_chance_are_no_alarm() -> None:
+    assert dropping_steps(Dropping(0.1), [set(), {0, 1}, {2, 3}]) == 3
+    # Nor in the very first steps; but a layer that is never reached is.
+    assert dropping_steps(Dropping(0.1), [{0, 1}] * 3 + [set()]) == 4
+    with pytest.raises(RoseInactiveError, match="2 of 4 units have a gradient of the loss but none"):
+        dropping_steps(Dropping(0.1), [{0, 1}] * 40)
+    with pytest.raises(RoseInactiveError, match="2 of 4 units have a gradient of the loss but none"):
+        dropping_steps(Dropping(0.0), [{0, 1}])
