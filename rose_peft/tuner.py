@@ -311,7 +311,7 @@ def _own_parameters(module: nn.Module) -> list[str]:
 
 
 def refuse_quantized(model: nn.Module) -> None:
-    """Refuse full fine-tuning of a quantized model.
+    """Refuse full fine-tuning of a model whose weights are quantized or complex.
 
     Raises:
         UnsupportedModelError: Naming the mark or the parameter that tells.

@@ -54,7 +54,6 @@ class Watchdog:
         self._stray_steps = 0
         self._idle_steps = 0
         self._equal = False
-        self._ever_reached: set[int] = set()
         self._missed = 0
         # Until risk passes have differed once, it is worth its price to compare them to the last bit.
         self.passes_differed = False
@@ -180,24 +179,25 @@ class Watchdog:
             RoseInactiveError: If half of them or more are missing.
         """
         trained = {index for index, _ in stepping}
-        # A layer that was left out of this pass, by chance, was in an earlier one.
-        self._ever_reached |= reached
         # Experts that no token of a small pass, or of this process, went to have fellows that some went to.
         kinds = {_kind(self._units[index]) for index in reached}
-        unreached = [index for index in trained - self._ever_reached if _kind(self._units[index]) not in kinds]
+        unreached = [index for index in trained - reached if _kind(self._units[index]) not in kinds]
         if 2 * len(unreached) >= len(trained):  # zeros that zero_grad(set_to_none=False) left are asked for only here
             trained = {index for index, param in stepping if _may_train(param)}
             unreached = [index for index in unreached if index in trained]
         missing = bool(unreached) and 2 * len(unreached) >= len(trained)
         self._missed = self._missed + 1 if missing else 0
-        host = self._host()
-        by_chance = host is not None and any(map(drops_layers, host.modules())) and self._missed <= MISSED_WINDOWS
-        if missing and not by_chance:
+        if missing and not self._is_by_chance():
             raise RoseInactiveError(
                 f"{len(unreached)} of {len(self._units)} units have a gradient of the loss but none of the dropout "
                 f"divergence (first: {self._units[min(unreached)]!r}). With gradient checkpointing pass "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+
+    def _is_by_chance(self) -> bool:
+        """Whether layers may have been left out of this pass, and will be in another one."""
+        host = self._host()
+        return self._missed <= MISSED_WINDOWS and host is not None and any(map(drops_layers, host.modules()))
 
     def check_risk(self, risk: RiskFigures | None) -> None:
         """Refuse risk passes that say nothing: no dropout at once, anything else after a while.

@@ -221,7 +221,13 @@ def _is_missing(value: Any) -> bool:
     """Whether a value is one of those by which tables mark a missing one."""
     import pandas
 
-    return value is None or (not isinstance(value, str) and bool(pandas.isna(value)))
+    return value is None or (pandas.api.types.is_scalar(value) and bool(pandas.isna(value)))
+
+
+def _is_number(value: Any) -> bool:
+    import pandas
+
+    return bool(pandas.api.types.is_number(value) or pandas.api.types.is_bool(value))
 
 
 def _numbers_are_names(labels: Sequence[Any], names: tuple[str, ...], name: str, column: str) -> bool:
@@ -230,7 +236,7 @@ def _numbers_are_names(labels: Sequence[Any], names: tuple[str, ...], name: str,
     Raises:
         DataError: If they may be either, and would be different labels.
     """
-    numbers = [label for label in labels if not isinstance(label, str) and not _is_missing(label) and label % 1 == 0]
+    numbers = [label for label in labels if _is_number(label) and not _is_missing(label) and label % 1 == 0]
     written = {str(label) if str(label) in ("True", "False") else str(int(label)) for label in numbers}
     if not written or not written <= set(names):
         return False
@@ -248,7 +254,7 @@ def _numbers_are_names(labels: Sequence[Any], names: tuple[str, ...], name: str,
 def _label_number(label: Any, names: tuple[str, ...] | None, by_name: bool, name: str, column: str) -> int:
     if _is_missing(label):
         return -1
-    if by_name and names is not None and not isinstance(label, str):
+    if by_name and names is not None and _is_number(label):
         return names.index(str(label) if str(label) in ("True", "False") else str(int(label)))
     if isinstance(label, str):
         if names is not None and label in names:
@@ -257,6 +263,8 @@ def _label_number(label: Any, names: tuple[str, ...] | None, by_name: bool, name
             return int(label)
         known = "no label names are given" if names is None else f"the label names are {list(names)}"
         raise DataError(f"{name}: {column}={label!r} is text and {known}; give label_names that contain it.")
+    if not _is_number(label):
+        raise DataError(f"{name}: {column}={label!r} is neither a number nor a name; each example has one label here.")
     if label % 1 != 0:
         raise DataError(f"{name}: {column}={label!r} is no class; scores (regression) cannot be evaluated here.")
     return int(label)

@@ -259,6 +259,12 @@ def test_names_that_the_data_carry_are_read(tmp_path: Path) -> None:
     assert load_file(tmp_path / "x.parquet", ["text"], label_names=["a", "b"]).label_names == ("a", "b")
 
 
+@pytest.mark.parametrize("names", [None, ["a", "b"]])
+def test_several_labels_of_one_example_are_refused(names: list[str] | None) -> None:
+    with pytest.raises(DataError, match=r"label=\[0, 1\] is neither a number nor a name"):
+        examples_from_columns({"text": ["a", "b"], "label": [[0, 1], [1]]}, ["text"], label_names=names)
+
+
 def test_missing_values_of_nullable_columns_are_missing(tmp_path: Path) -> None:
     table = pandas.DataFrame({"text": ["a", "b"], "label": pandas.array([1, None], dtype="Int64")})
     table.to_parquet(tmp_path / "x.parquet")
